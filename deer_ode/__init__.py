@@ -1,0 +1,26 @@
+"""Differential equations and recurrences, solved in parallel over time (DEER)."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from ._affine import affine_scan as affine_scan
+from ._integrate import diffeqsolve as diffeqsolve
+from ._linearisation import (
+    AbstractLinearisation as AbstractLinearisation,
+    Dense as Dense,
+    Diagonal as Diagonal,
+)
+from ._newton import Newton as Newton
+from ._parallel_adjoint import ParallelAdjoint as ParallelAdjoint
+from ._predictor import (
+    AbstractPredictor as AbstractPredictor,
+    Coarse as Coarse,
+    Constant as Constant,
+    Trajectory as Trajectory,
+)
+from ._solver import DEER as DEER
+
+
+try:
+    __version__ = version("deer_ode")
+except PackageNotFoundError:  # run from the source tree
+    __version__ = "0+unknown"

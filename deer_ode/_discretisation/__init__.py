@@ -1,0 +1,9 @@
+"""Differential equation terms and a time grid, made into a recurrence."""
+
+from ._base import Grid as Grid
+from ._step_map import (
+    check_one_step as check_one_step,
+    one_step as one_step,
+    StepMap as StepMap,
+)
+from ._steps import Steps as Steps, take_steps as take_steps

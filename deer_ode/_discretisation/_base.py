@@ -1,0 +1,38 @@
+"""The time grid that every discretisation is made on."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Grid(eqx.Module):
+    """The steps of a solve: step `i` goes from `tprev[i]` to `tnext[i]`.
+
+    The number of steps is static. Where a solve takes fewer, the rest is padding:
+    inactive steps that leave the state exactly as it is.
+    """
+
+    tprev: Float[Array, " steps"]
+    tnext: Float[Array, " steps"]
+    active: Bool[Array, " steps"]
+
+    @property
+    def num_steps(self) -> int:
+        return self.tprev.shape[0]
+
+    @property
+    def num_active(self) -> Int[Array, ""]:
+        return jnp.sum(self.active, dtype=jnp.int32)
+
+    @classmethod
+    def from_points(cls, ts: Float[Array, " points"]) -> "Grid":
+        """A grid without padding through all of `ts`."""
+        return cls(ts[:-1], ts[1:], jnp.ones(ts.shape[0] - 1, bool))
+
+    def coarsen(self, every: int) -> "Grid":
+        """`every` steps at once; the last coarse step may span fewer."""
+        num_coarse = -(-self.num_steps // every)
+        starts = every * jnp.arange(num_coarse)
+        ends = jnp.minimum(starts + every, self.num_steps) - 1
+        # Padding repeats the end of the grid, so ends may be looked up as they are.
+        return Grid(self.tprev[starts], self.tnext[ends], self.active[starts])

@@ -1,0 +1,166 @@
+r"""Any one-step solver of Diffrax, as a recurrence.
+
+$y_i = \Phi(t_{i-1}, t_i, y_{i-1})$, where $\Phi$ is one step of the solver from rest:
+nothing but the state passes from step to step, so all steps can be taken at once.
+"""
+
+from collections.abc import Callable
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import Args, State, Y
+from .._misc import hold_last_good, is_reasonable, previous_states, StateFlattener
+from .._recurrence import AbstractMapRecurrence
+from ._base import Grid
+from ._explicit_rk import explicit_rk_step
+
+
+# These keep a state between steps, but compute the same from nothing when told that
+# there was a jump.
+_RESTARTABLE = (
+    diffrax.AbstractRungeKutta,
+    diffrax.AbstractSRK,
+    diffrax.AbstractFosterLangevinSRK,
+)
+
+
+def check_one_step(solver: diffrax.AbstractSolver) -> None:
+    """Refuses the solvers whose steps depend on more than the state before them."""
+    if isinstance(solver, diffrax.LeapfrogMidpoint | diffrax.ReversibleHeun):
+        name = type(solver).__name__
+        raise ValueError(
+            f"`{name}` carries memory from step to step, so its steps cannot be solved "
+            "for in parallel: taken as a one-step method it gives wrong answers. Use a "
+            "one-step solver, for example `diffrax.Midpoint()` or `diffrax.Heun()`."
+        )
+    if isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
+        check_one_step(solver.solver)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _check_stateless(solver, state) -> None:
+    base = solver
+    while isinstance(getattr(base, "solver", None), diffrax.AbstractSolver):
+        base = base.solver  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(base, _RESTARTABLE) or len(jtu.tree_leaves(state)) == 0:
+        return
+    raise ValueError(
+        f"`{type(base).__name__}` has a solver state, and is not known to restart from "
+        "none: if its steps depend on more than the state before them they cannot be "
+        "solved for in parallel. Use one of Diffrax's one-step solvers."
+    )
+
+
+def _has_loop(solver) -> bool:
+    return isinstance(solver, diffrax.AbstractRungeKutta | diffrax.AbstractSRK)
+
+
+def _with_differentiable_loops(solver):
+    """Diffrax's default stage loop has no forward mode; the bounded one has both."""
+    while_none = lambda x: x is None
+    if _has_loop(solver) and type(solver) is not diffrax.HalfSolver:
+        if solver.scan_kind is None:
+            return eqx.tree_at(
+                lambda s: s.scan_kind, solver, "bounded", is_leaf=while_none
+            )
+    elif isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
+        inner = _with_differentiable_loops(solver.solver)
+        return eqx.tree_at(lambda s: s.solver, solver, inner)
+    return solver
+
+
+def one_step(solver: diffrax.AbstractSolver, terms, t0, t1, y0: Y, args: Args):
+    """One step from rest: `(y1, y_error, dense_info, result)`."""
+    if isinstance(solver, diffrax.AbstractERK) and type(solver) is not (
+        diffrax.HalfSolver
+    ):
+        return *explicit_rk_step(solver, terms, t0, t1, y0, args), (
+            diffrax.RESULTS.successful
+        )
+    solver = _with_differentiable_loops(solver)
+    state = solver.init(terms, t0, t1, y0, args)
+    _check_stateless(solver, state)
+    y1, y_error, dense_info, _, result = solver.step(
+        terms, t0, t1, y0, args, state, made_jump=True
+    )
+    return y1, y_error, dense_info, result
+
+
+class StepMap(AbstractMapRecurrence):
+    """The steps of a one-step solver over a grid."""
+
+    f: Callable[[State, Grid], State]
+    y0: Float[Array, " state"]
+    xs: Grid
+    interpolate: Callable[..., State]
+    flattener: StateFlattener
+
+    def __init__(
+        self, solver: diffrax.AbstractSolver, terms, grid: Grid, y0: Y, args: Args
+    ):
+        self.flattener = flattener = StateFlattener(y0)
+        flat_y0 = flattener.flatten(y0)
+        first = jtu.tree_map(lambda x: x[0], grid)
+
+        def step(y, x):
+            # A step of no length need not be harmless: zero times infinity, or a
+            # Brownian increment divided by its length. So padding takes the first
+            # step, which has to be fine anyway, and throws it away.
+            select = lambda a, b: jnp.where(x.active, a, b)
+            start = flattener.unflatten(select(y, flat_y0))
+            t0 = select(x.tprev, first.tprev)
+            t1 = select(x.tnext, first.tnext)
+            y1, _, _, _ = one_step(solver, terms, t0, t1, start, args)
+            return select(flattener.flatten(y1), y)
+
+        def interpolate(y, t0, t1, t):
+            start = flattener.unflatten(y)
+            _, _, dense_info, _ = one_step(solver, terms, t0, t1, start, args)
+            local = solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
+            return flattener.flatten(local.evaluate(t))
+
+        # Whatever the vector field closes over becomes a leaf of this recurrence, so
+        # that derivatives reach it. The precision holds for all products traced here.
+        with jax.default_matmul_precision("highest"):
+            self.f = eqx.filter_closure_convert(step, flat_y0, first)
+            self.interpolate = eqx.filter_closure_convert(
+                interpolate, flat_y0, first.tprev, first.tnext, first.tnext
+            )
+        self.y0 = flat_y0
+        self.xs = grid
+
+    @property
+    def eps(self):
+        return self.flattener.eps
+
+    def flatten(self, ys: PyTree[Array]):
+        return jax.vmap(self.flattener.flatten)(ys)
+
+    def coarse_trajectory(self, every):
+        coarse_grid = self.xs.coarsen(every)
+
+        def step(y, x):
+            y = self.f(y, x)
+            return y, y
+
+        _, ends = lax.scan(step, self.y0, coarse_grid)
+        ends = hold_last_good(self.y0, ends, is_reasonable(ends))
+        if every == 1:
+            return ends
+        num_coarse = ends.shape[0]
+        padding = num_coarse * every - self.num_steps
+        # Within a coarse step only the time differs, so the step is taken once.
+        ts = jnp.pad(self.xs.tnext, (0, padding), mode="edge")
+        between = jax.vmap(jax.vmap(self.interpolate, in_axes=(None, None, None, 0)))
+        ys = between(
+            previous_states(self.y0, ends),
+            coarse_grid.tprev,
+            coarse_grid.tnext,
+            ts.reshape(num_coarse, every),
+        ).reshape(num_coarse * every, -1)[: self.num_steps]
+        return jnp.where(self.xs.active[:, None], ys, ends[-1])

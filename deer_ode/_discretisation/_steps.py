@@ -1,0 +1,48 @@
+"""What the steps of a solver say beside the state: errors, interpolants, results."""
+
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._custom_types import Args, Trajectory, Y
+from .._misc import previous_states, StateFlattener
+from ._base import Grid
+from ._step_map import one_step
+
+
+class Steps(NamedTuple):
+    """All steps of a solved grid, every array with a leading axis of steps."""
+
+    y_error: PyTree[Array] | None
+    dense_info: dict[str, Any]
+    result: Any
+    """A `diffrax.RESULTS`, stacked; `None` where no step of this solver can fail."""
+
+
+def take_steps(
+    solver: diffrax.AbstractSolver, terms, grid: Grid, y0: Y, ys: Trajectory, args: Args
+) -> Steps:
+    """Takes every step of `grid` again, from the states that the solve found.
+
+    Ordinary differentiable code. Padding repeats the first step.
+    """
+    flattener = StateFlattener(y0)
+    flat_y0 = flattener.flatten(y0)
+    first = jtu.tree_map(lambda x: x[0], grid)
+    can_fail = False
+
+    def take(y, x):
+        nonlocal can_fail
+        start = flattener.unflatten(jnp.where(x.active, y, flat_y0))
+        t0 = jnp.where(x.active, x.tprev, first.tprev)
+        t1 = jnp.where(x.active, x.tnext, first.tnext)
+        _, y_error, dense_info, result = one_step(solver, terms, t0, t1, start, args)
+        can_fail = result.is_traced()
+        return Steps(y_error, dense_info, result if can_fail else None)
+
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(take)(previous_states(flat_y0, ys), grid)

@@ -1,0 +1,49 @@
+r"""Derivatives of a converged trajectory, by the implicit function theorem.
+
+The trajectory solves $f_i(y_{i-1}, \theta) - y_i = 0$. A perturbation of $\theta$
+therefore moves it by the solution of
+
+$$\dot y_i = A_i \dot y_{i-1} + \frac{\partial f_i}{\partial \theta} \dot\theta,$$
+
+the same affine recurrence with the exact Jacobian $A_i$ at the solution. It is linear
+in $\dot\theta$ and JAX can transpose it, so this one rule gives forward and reverse
+derivatives of every order. Nothing of the iterations is stored.
+"""
+
+import equinox as eqx
+import jax.tree_util as jtu
+
+from ._affine import affine_solve
+from ._linearisation import Dense
+from ._newton import Newton, NewtonSolution
+from ._recurrence import AbstractRecurrence
+
+
+@eqx.filter_custom_jvp
+def _solve(recurrence: AbstractRecurrence, method: Newton) -> NewtonSolution:
+    return method.solve(recurrence)
+
+
+@_solve.def_jvp
+def _solve_jvp(primals, tangents):
+    recurrence, method = primals
+    t_recurrence, _ = tangents
+    # Solved by the rule's own function, so that higher derivatives come here again.
+    solution = _solve(recurrence, method)
+    t_solution = jtu.tree_map(lambda _: None, solution)
+    if len(jtu.tree_leaves(t_recurrence)) == 0:
+        return solution, t_solution
+    ys = solution.ys
+    _, t_values = eqx.filter_jvp(
+        lambda recurrence: recurrence.evaluate(ys), (recurrence,), (t_recurrence,)
+    )
+    # What the forward pass used may have been cheaper; a derivative needs all of it.
+    exact = method.linearisation if isinstance(method.linearisation, Dense) else Dense()
+    exact.check_size(*ys.shape, ys.dtype)
+    _, A = recurrence.linearise(ys, exact)
+    return solution, t_solution._replace(ys=affine_solve(A, t_values))
+
+
+def solve_recurrence(recurrence: AbstractRecurrence, method: Newton) -> NewtonSolution:
+    """Solves `recurrence` by `method`, differentiably in all leaves of `recurrence`."""
+    return _solve(recurrence, method)

@@ -1,0 +1,155 @@
+"""`diffeqsolve`: Diffrax's, with the grid counted and solved in parallel."""
+
+import diffrax
+import equinox.internal as eqxi
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import ArrayLike, PyTree
+
+from ._custom_types import Args, Y
+from ._parallel_adjoint import ParallelAdjoint
+from ._solver import DEER
+
+
+def _static(x, dtype) -> np.ndarray | None:
+    """`x` as a number known while tracing, or `None`."""
+    if isinstance(x, jax.core.Tracer):
+        return None
+    return np.asarray(x).astype(dtype)
+
+
+def _count_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> int | None:
+    """How many steps `ConstantStepSize` makes; `None` where that is not static.
+
+    The rule of Diffrax's controller, in the same precision.
+    """
+    subs = jtu.tree_leaves(saveat.subs, is_leaf=lambda x: hasattr(x, "ts"))
+    times = [t0, t1, dt0] + [sub.ts for sub in subs if sub.ts is not None]
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*times)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        dtype = jnp.result_type(float)
+    t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
+    if t0 is None or t1 is None or dt0 is None:
+        return None
+    length, dt0 = abs(t1 - t0), abs(dt0)
+    if not np.isfinite(length) or not dt0 > 0:
+        return None
+    with jax.ensure_compile_time_eval():
+        step = np.asarray(eqxi.nextafter(jnp.asarray(dt0, dtype)))
+    return max(1, int(np.ceil(length / step)))
+
+
+
+def diffeqsolve(
+    terms: PyTree[diffrax.AbstractTerm],
+    solver: diffrax.AbstractSolver,
+    t0,
+    t1,
+    dt0,
+    y0: Y,
+    args: Args = None,
+    *,
+    saveat: diffrax.SaveAt = diffrax.SaveAt(t1=True),
+    stepsize_controller: diffrax.AbstractStepSizeController = (
+        diffrax.ConstantStepSize()
+    ),
+    adjoint: diffrax.AbstractAdjoint | None = None,
+    event: diffrax.Event | None = None,
+    max_steps: int | None = None,
+    throw: bool = True,
+    progress_meter: diffrax.AbstractProgressMeter = diffrax.NoProgressMeter(),
+    solver_state: PyTree[ArrayLike] | None = None,
+    controller_state: PyTree[ArrayLike] | None = None,
+    made_jump=None,
+) -> diffrax.Solution:
+    r"""Solves a differential equation, all time steps in parallel.
+
+    The same arguments, in the same order and meaning, as `diffrax.diffeqsolve`, and
+    the same `diffrax.Solution`. With a solver [`deer_ode.DEER`][] and steps that are
+    known beforehand the whole interval is solved at once. Two arguments need not be
+    given:
+
+    - `max_steps` is the number of steps, counted from `t0`, `t1` and `dt0` (or from
+        `StepTo(ts)`), so that `SaveAt(steps=True)` has no padding. Where one of those
+        times is not known while tracing (under `jax.jit` or `jax.vmap` over times) give
+        a bound.
+    - `adjoint` is [`deer_ode.ParallelAdjoint`][], whose derivatives are exact.
+
+    Anything else goes to Diffrax as it is: another solver, `DEER` with `num_substeps`,
+    or an adjoint that is given.
+
+    **Arguments:** as `diffrax.diffeqsolve`. Times share the units of `t0`; the vector
+    field is in units of the state per unit of time.
+
+    **Returns:**
+
+    A `diffrax.Solution`. Its `stats` also hold `num_newton_steps`, `newton_residual`
+    and `num_fallback_steps`; see [`deer_ode.ParallelAdjoint`][].
+
+    **Raises:**
+
+    - `ValueError`: for bad input, and where the steps are not known beforehand.
+    - `RuntimeError`: if `throw=True` and the solve fails at run time.
+
+    !!! example
+
+        >>> import diffrax, jax.numpy as jnp
+        >>> from deer_ode import DEER, diffeqsolve
+        >>> term = diffrax.ODETerm(lambda t, y, args: -y)
+        >>> sol = diffeqsolve(term, DEER(diffrax.Tsit5()), 0, 1, 0.01, jnp.array(1.0))
+        >>> round(float(sol.ys[0]), 4)
+        0.3679
+    """
+    kwargs = dict(
+        saveat=saveat,
+        stepsize_controller=stepsize_controller,
+        event=event,
+        throw=throw,
+        progress_meter=progress_meter,
+        solver_state=solver_state,
+        controller_state=controller_state,
+        made_jump=made_jump,
+    )
+    is_parallel = (
+        type(solver) is DEER
+        and solver.num_substeps is None
+        and (adjoint is None or type(adjoint) is ParallelAdjoint)
+    )
+    if not is_parallel:
+        if adjoint is not None:
+            kwargs["adjoint"] = adjoint
+        kwargs["max_steps"] = 4096 if max_steps is None else max_steps
+        return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, args, **kwargs)
+    if max_steps is None and isinstance(stepsize_controller, diffrax.StepTo):
+        max_steps = stepsize_controller.ts.shape[0] - 1
+    elif max_steps is None and isinstance(
+        stepsize_controller, diffrax.ConstantStepSize
+    ):
+        if dt0 is None:
+            raise ValueError(
+                "`dt0` is the size of the steps and must be given with "
+                "`ConstantStepSize()`; got `dt0=None`."
+            )
+        max_steps = _count_steps(t0, t1, dt0, saveat)
+        if max_steps is None:
+            raise ValueError(
+                "The number of steps must be known while tracing, but cannot be "
+                f"counted from t0={t0}, t1={t1}, dt0={dt0}. Give `max_steps=...`, at "
+                "least the number of steps, or step to given times with "
+                "`stepsize_controller=diffrax.StepTo(ts)`."
+            )
+    return diffrax.diffeqsolve(
+        terms,
+        solver,
+        t0,
+        t1,
+        dt0,
+        y0,
+        args,
+        adjoint=ParallelAdjoint() if adjoint is None else adjoint,
+        max_steps=max_steps,
+        **kwargs,
+    )

@@ -1,0 +1,104 @@
+"""Flattening of states and other small helpers that know nothing of recurrences."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.flatten_util as jfu
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Bool
+
+from ._custom_types import Mask, State, Trajectory, Y
+
+
+def _split_complex(y: Y) -> Y:
+    return jtu.tree_map(
+        lambda x: (x.real, x.imag) if jnp.iscomplexobj(x) else x, y
+    )
+
+
+class StateFlattener(eqx.Module):
+    """Turns a state pytree into one real vector and back.
+
+    Newton's method needs the field to be differentiable in the real sense only, so a
+    complex leaf becomes its real and its imaginary part. Leaves of different precision
+    share the widest of their dtypes; `eps` remembers what each entry can resolve.
+    """
+
+    _unravel: Callable[[State], Y] = eqx.field(static=True)
+    _structure: jtu.PyTreeDef = eqx.field(static=True)
+    _complex: tuple[bool, ...] = eqx.field(static=True)
+    size: int = eqx.field(static=True)
+    dtype: np.dtype = eqx.field(static=True)
+    eps: tuple[float, ...] = eqx.field(static=True)
+
+    def __init__(self, y: Y):
+        struct = jax.eval_shape(lambda: y)
+        leaves, self._structure = jtu.tree_flatten(struct)
+        self._complex = tuple(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves)
+        example = jtu.tree_map(lambda x: np.zeros(x.shape, x.dtype), struct)
+        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
+            vector, self._unravel = jfu.ravel_pytree(_split_complex(example))
+        self.size = vector.size
+        self.dtype = vector.dtype if leaves else np.dtype(jnp.result_type(float))
+        eps = [
+            np.full(int(np.prod(x.shape)) * (2 if c else 1), jnp.finfo(x.dtype).eps)
+            for x, c in zip(leaves, self._complex, strict=True)
+        ]
+        self.eps = tuple(float(e) for e in np.concatenate([np.zeros(0), *eps]))
+
+    def flatten(self, y: Y) -> State:
+        with jax.numpy_dtype_promotion("standard"):
+            return jfu.ravel_pytree(_split_complex(y))[0].astype(self.dtype)
+
+    def unflatten(self, vector: State) -> Y:
+        leaves = iter(jtu.tree_leaves(self._unravel(vector)))
+        out = [
+            jax.lax.complex(next(leaves), next(leaves)) if is_complex else next(leaves)
+            for is_complex in self._complex
+        ]
+        return jtu.tree_unflatten(self._structure, out)
+
+
+def previous_states(y0: State, ys: Trajectory) -> Trajectory:
+    """$(y_0, \\dots, y_{T-1})$ from $y_0$ and $(y_1, \\dots, y_T)$."""
+    return jnp.concatenate([y0[None], ys[:-1]])
+
+
+def leading_true(mask: Mask) -> Array:
+    """How many entries of `mask` are true before the first false one."""
+    if mask.shape[0] == 0:
+        return jnp.asarray(0, jnp.int32)
+    first_false = jnp.argmin(mask).astype(jnp.int32)
+    return jnp.where(jnp.all(mask), mask.shape[0], first_false).astype(jnp.int32)
+
+
+def state_at(y0: State, ys: Trajectory, count: Array) -> State:
+    """The state after `count` steps, where zero steps mean `y0`."""
+    if ys.shape[0] == 0:
+        return y0
+    return jnp.where(count > 0, ys[jnp.maximum(count - 1, 0)], y0)
+
+
+def hold_last_good(y0: State, ys: Trajectory, good: Bool[Array, " steps"]) -> Trajectory:
+    """Give every step from the first bad one on the last good state before it.
+
+    The states before the first bad one are untouched, so the exact prefix of an
+    iterate survives an overflow further on, and the next iterate starts the rest from
+    a finite state instead of from a clipped or zeroed one that means nothing.
+    """
+    count = leading_true(good)
+    steps = jnp.arange(ys.shape[0], dtype=jnp.int32)
+    return jnp.where((steps < count)[:, None], ys, state_at(y0, ys, count))
+
+
+def is_reasonable(ys: Trajectory) -> Bool[Array, " steps"]:
+    """Which states are finite and far from overflow.
+
+    The bound is the fourth root of the largest number of the dtype, so that products
+    of up to four components still are numbers.
+    """
+    bound = float(jnp.finfo(ys.dtype).max) ** 0.25
+    return jnp.all(jnp.abs(ys) <= bound, axis=-1)

@@ -1,0 +1,349 @@
+"""`ParallelAdjoint`: Diffrax's time loop, all of its steps at once.
+
+Diffrax hands its whole loop to the adjoint. The stock loop does the set-up, runs a
+while loop over steps, and finishes: root finding for events, the save at `t1`, results.
+Given in place of the while loop a function that makes the loop's final state in
+parallel, everything before and after it stays Diffrax's own.
+"""
+
+import diffrax
+import equinox as eqx
+import equinox.internal as eqxi
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax._integrate import State
+
+from ._discretisation import Grid, StepMap, take_steps
+from ._implicit import solve_recurrence
+from ._misc import leading_true, state_at, StateFlattener
+from ._predictor import Trajectory
+from ._saving import save, set_where, SolvedGrid
+from ._solver import DEER, DEERState
+
+
+def _controller_grid(controller, state: State, t1, max_steps: int | None) -> Grid:
+    """The steps that `controller` would make, known without solving anything."""
+    is_running = (state.result == diffrax.RESULTS.successful) & (state.tprev < t1)
+    if isinstance(controller, diffrax.StepTo):
+        ts = controller.ts
+        num_steps = ts.shape[0] - 1
+        if max_steps is not None:
+            num_steps = min(num_steps, max_steps)
+        ts = ts[: num_steps + 1].astype(jnp.result_type(t1))
+        grid = Grid.from_points(ts)
+        return Grid(grid.tprev, grid.tnext, grid.active & is_running)
+    if not isinstance(controller, diffrax.ConstantStepSize):
+        raise ValueError(
+            "`ParallelAdjoint` solves for all steps at once, so they must be known "
+            "beforehand: `ConstantStepSize()` or `StepTo(ts)`. With "
+            f"`{type(controller).__name__}` use `DEER(solver, num_substeps=...)` and "
+            "Diffrax's default adjoint: its steps are then solved window by window."
+        )
+    if max_steps is None:
+        raise ValueError(
+            "`ParallelAdjoint` needs to know at most how many steps there are: give "
+            "`max_steps=...` (the number of steps is best), or use "
+            "`deer_ode.diffeqsolve`, which counts them."
+        )
+    # The rule of Diffrax's controller: the first step is `dt0` long, the others divide
+    # the interval evenly; without an end all are `dt0` long.
+    num_before, num_total, t_start, t_end = state.controller_state
+    dtype = jnp.result_type(t1)
+    step = jnp.arange(1, max_steps, dtype=jnp.int32)
+    count = num_before + step
+    fraction = count.astype(dtype) / num_total.astype(dtype)
+    bounded = t_start + (t_end - t_start) * fraction
+    bounded = jnp.where(count >= num_total, t_end, bounded)
+    endless = state.tnext + t_end * step.astype(dtype)
+    tnext = jnp.where(num_total >= 0, bounded, endless)
+    # As Diffrax does: no last step that is nothing but rounding.
+    floor = jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)
+    tnext = jnp.where(tnext > floor, t1, tnext)
+    tnext = jnp.concatenate([jnp.minimum(state.tnext, t1)[None], tnext])[:max_steps]
+    tprev = jnp.concatenate([state.tprev[None], tnext[:-1]])[:max_steps]
+    return Grid(tprev, tnext, (tprev < t1) & is_running)
+
+
+def _controller_state(controller, state: State, num_steps):
+    """The controller's own count of steps, so many steps on."""
+    if isinstance(controller, diffrax.StepTo):
+        return state.controller_state + num_steps
+    num_before, *rest = state.controller_state
+    return (num_before + num_steps, *rest)
+
+
+def _first_event(event, state: State, grid: Grid, ys, args, event_kwargs):
+    """For each step the values of the conditions, and which of them was met first."""
+
+    def values_and_mask(cond_fn, old, direction):
+        values = jax.vmap(lambda t, y: cond_fn(t, y, args, **event_kwargs))(
+            grid.tnext, ys
+        )
+        if values.dtype == bool:
+            return values, values
+        before = jnp.concatenate([jnp.asarray(old, values.dtype)[None], values[:-1]])
+        if direction is None:
+            return values, jnp.sign(before) != jnp.sign(values)
+        if direction:
+            return values, (before <= 0) & (values > 0)
+        return values, (before > 0) & (values <= 0)
+
+    pairs = jtu.tree_map(
+        values_and_mask,
+        event.cond_fn,
+        state.event_values,
+        event.direction,
+        is_leaf=callable,
+    )
+    structure = jtu.tree_structure(event.cond_fn, is_leaf=callable)
+    values, masks = jtu.tree_transpose(structure, jtu.tree_structure((0, 0)), pairs)
+    had_event = jnp.zeros(grid.num_steps, bool)
+    exclusive = []
+    for mask in jtu.tree_leaves(masks):
+        mask = mask & grid.active
+        exclusive.append(mask & ~had_event)
+        had_event = had_event | mask
+    return values, jtu.tree_unflatten(structure, exclusive), had_event
+
+
+def _all_steps(
+    state: State,
+    *,
+    args,
+    terms,
+    solver: DEER,
+    controller,
+    event,
+    event_kwargs,
+    saveat,
+    t0,
+    t1,
+    max_steps,
+    progress_meter,
+    guess,
+) -> tuple[State, dict]:
+    """What Diffrax's loop would end with, and the statistics of getting there."""
+    grid = _controller_grid(controller, state, t1, max_steps)
+    method = solver.method
+    if guess is not None and guess.shape[0] > 0:
+        predictor = Trajectory(jax.vmap(StateFlattener(state.y).unflatten)(guess))
+        method = eqx.tree_at(lambda m: m.guess, method, predictor)
+    recurrence = StepMap(solver.solver, terms, grid, state.y, args)
+    solution = solve_recurrence(recurrence, method)
+    ys = jax.vmap(recurrence.flattener.unflatten)(solution.ys)
+    steps = take_steps(solver.solver, terms, grid, state.y, solution.ys, args)
+
+    # How many steps Diffrax would have made, and why no more.
+    num_steps = grid.num_active
+    num_wanted = num_steps
+    result = state.result
+    if steps.result is not None:
+        failed = steps.result != diffrax.RESULTS.successful
+        num_steps = jnp.minimum(num_steps, leading_true(~(failed & grid.active)) + 1)
+        last = jnp.maximum(num_steps - 1, 0)
+        result = diffrax.RESULTS.where(
+            num_steps > 0, jtu.tree_map(lambda x: x[last], steps.result), result
+        )
+    event_fields = {}
+    if event is not None:
+        values, masks, had_event = _first_event(
+            event, state, grid, ys, args, event_kwargs
+        )
+        num_until_event = leading_true(~had_event) + 1
+        is_event = num_until_event <= num_steps
+        num_steps = jnp.minimum(num_steps, num_until_event)
+        result = diffrax.RESULTS.where(is_event, diffrax.RESULTS.event_occurred, result)
+    # Newton's method counts only as far as the solve goes: what comes after an event
+    # may be as wild as it likes.
+    is_short = solution.num_good_steps < num_steps
+    num_steps = jnp.minimum(num_steps, solution.num_good_steps)
+    result = diffrax.RESULTS.where(
+        is_short,
+        diffrax.RESULTS.promote(method.result(solution, num_wanted)),
+        result,
+    )
+
+    made_any = num_steps > 0
+    last = jnp.maximum(num_steps - 1, 0)
+    at_last = lambda tree, otherwise: jtu.tree_map(
+        lambda x, o: jnp.where(made_any, x[last], o), tree, otherwise
+    )
+    if event is not None:
+        event_fields = dict(
+            event_tprev=at_last(grid.tprev, state.event_tprev),
+            event_tnext=at_last(grid.tnext, state.event_tnext),
+            event_dense_info=at_last(steps.dense_info, state.event_dense_info),
+            event_values=at_last(values, state.event_values),
+            event_mask=at_last(masks, state.event_mask),
+        )
+    solved = SolvedGrid(
+        grid, num_steps, ys, steps.dense_info, solver.solver.interpolation_cls
+    )
+    save_state = jtu.tree_map(
+        lambda sub, saved: save(sub, saved, solved, args),
+        saveat.subs,
+        state.save_state,
+        is_leaf=lambda x: isinstance(x, diffrax.SubSaveAt),
+    )
+    dense_fields = {}
+    if saveat.dense:
+        made = solved.made()
+        dense_fields = dict(
+            dense_ts=set_where(state.dense_ts, 1, made, grid.tnext),
+            dense_infos=jtu.tree_map(
+                lambda buffer, info: set_where(buffer, 0, made, info),
+                state.dense_infos,
+                steps.dense_info,
+            ),
+            dense_save_index=num_steps,
+        )
+    tprev = at_last(grid.tnext, state.tprev)
+    fraction_done = jnp.where(t1 > t0, (tprev - t0) / jnp.where(t1 > t0, t1 - t0, 1), 1)
+    final_state = State(
+        y=recurrence.flattener.unflatten(
+            state_at(recurrence.y0, solution.ys, num_steps)
+        ),
+        tprev=tprev,
+        tnext=tprev,
+        made_jump=state.made_jump,
+        solver_state=DEERState(
+            lax.stop_gradient(solution.ys),
+            state.solver_state.num_newton_steps + solution.num_newton_steps,
+        ),
+        controller_state=_controller_state(controller, state, num_steps),
+        progress_meter_state=progress_meter.step(
+            state.progress_meter_state, fraction_done
+        ),
+        result=result,
+        num_steps=state.num_steps + num_steps,
+        num_accepted_steps=state.num_accepted_steps + num_steps,
+        num_rejected_steps=state.num_rejected_steps,
+        save_state=save_state,
+        **(
+            dict(dense_ts=None, dense_infos=None, dense_save_index=None) | dense_fields
+        ),
+        **(dict.fromkeys(_EVENT_FIELDS) | event_fields),
+    )
+    stats = dict(
+        num_newton_steps=solution.num_newton_steps,
+        newton_residual=lax.stop_gradient(solution.residual),
+        num_fallback_steps=jnp.minimum(
+            solution.num_fallback_steps, jnp.maximum(num_wanted, 0)
+        ),
+    )
+    return final_state, stats
+
+
+_EVENT_FIELDS = (
+    "event_tprev",
+    "event_tnext",
+    "event_dense_info",
+    "event_values",
+    "event_mask",
+)
+
+
+class ParallelAdjoint(diffrax.AbstractAdjoint):
+    r"""Makes `diffrax.diffeqsolve` take all its steps in parallel.
+
+    `diffrax.diffeqsolve(terms, DEER(solver), ..., adjoint=ParallelAdjoint(),
+    max_steps=...)` gives the solution of `solver` on the same steps, with everything
+    that Diffrax's `Solution` has. Its `stats` also hold
+
+    - `num_newton_steps`: iterations of Newton's method over the whole interval;
+    - `newton_residual`: the largest residual left over, in units of the state;
+    - `num_fallback_steps`: how many steps were finished sequentially.
+
+    The steps must be known beforehand: `ConstantStepSize()` or `StepTo(ts)`. With the
+    former the solve is sized for `max_steps` steps, and pays for those that are not
+    needed: give the true number. [`deer_ode.diffeqsolve`][] does so by itself.
+
+    Derivatives are exact, those of the discrete solution, forward and reverse and to
+    any order, by the implicit function theorem. No checkpoints are kept.
+
+    **Arguments:** none.
+    """
+
+    def loop(
+        self,
+        *,
+        args,
+        terms,
+        solver,
+        stepsize_controller,
+        event,
+        saveat,
+        t0,
+        t1,
+        dt0,
+        max_steps,
+        throw,
+        init_state,
+        passed_solver_state,
+        passed_controller_state,
+        progress_meter,
+    ):
+        del throw, passed_controller_state
+        if type(solver) is not DEER:
+            raise ValueError(
+                "`ParallelAdjoint` needs a solver that takes its steps in parallel: "
+                f"`DEER({type(solver).__name__}(...))` in place of "
+                f"`{type(solver).__name__}(...)`."
+            )
+        if solver.num_substeps is not None:
+            raise ValueError(
+                "`DEER(..., num_substeps=...)` is for Diffrax's own adjoints, which "
+                "solve window by window. Leave out `num_substeps`, or leave out "
+                "`ParallelAdjoint`."
+            )
+        stats = {}
+        event_kwargs = dict(
+            terms=terms,
+            solver=solver,
+            t0=t0,
+            t1=t1,
+            dt0=dt0,
+            saveat=saveat,
+            stepsize_controller=stepsize_controller,
+            max_steps=max_steps,
+        )
+
+        def all_steps(cond_fun, body_fun, init_state, *, max_steps, buffers):
+            del cond_fun, body_fun, buffers
+            state, new_stats = _all_steps(
+                init_state,
+                args=args,
+                terms=terms,
+                solver=solver,
+                controller=stepsize_controller,
+                event=event,
+                event_kwargs=event_kwargs,
+                saveat=saveat,
+                t0=t0,
+                t1=t1,
+                max_steps=max_steps,
+                progress_meter=progress_meter,
+                guess=init_state.solver_state.ys if passed_solver_state else None,
+            )
+            stats.update(new_stats)
+            return state
+
+        final_state, aux_stats = self._loop(
+            args=args,
+            terms=terms,
+            solver=solver,
+            stepsize_controller=stepsize_controller,
+            event=event,
+            saveat=saveat,
+            t0=t0,
+            t1=t1,
+            dt0=dt0,
+            max_steps=max_steps,
+            init_state=init_state,
+            inner_while_loop=eqx.Partial(eqxi.while_loop, kind="lax"),
+            outer_while_loop=all_steps,
+            progress_meter=progress_meter,
+        )
+        return final_state, aux_stats | stats

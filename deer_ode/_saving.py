@@ -1,0 +1,121 @@
+"""What Diffrax saves step by step, saved from a whole trajectory at once."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from diffrax._integrate import SaveState
+from jaxtyping import Array, Bool, Int, PyTree, Real
+
+from ._custom_types import Args, Y
+from ._discretisation import Grid
+
+
+class SolvedGrid(eqx.Module):
+    """A grid with its solution, of which the first `num_steps` steps were made.
+
+    `ys` and `infos` are pytrees of arrays with a leading axis of steps.
+    """
+
+    grid: Grid
+    num_steps: Int[Array, ""]
+    ys: Y
+    infos: PyTree[Array]
+    interpolation_cls: Callable[..., Any] = eqx.field(static=True)
+
+    def made(self) -> Bool[Array, " steps"]:
+        steps = jnp.arange(self.grid.num_steps, dtype=jnp.int32)
+        return steps < self.num_steps
+
+    def evaluate(self, ts: Real[Array, " times"], index: Int[Array, " times"]) -> Y:
+        """The interpolated solution at `ts`, which lie in the steps `index`."""
+
+        def evaluate_one(t, tprev, tnext, info):
+            return self.interpolation_cls(t0=tprev, t1=tnext, **info).evaluate(t)
+
+        tprev, tnext, infos = jtu.tree_map(
+            lambda x: x[index], (self.grid.tprev, self.grid.tnext, self.infos)
+        )
+        return jax.vmap(evaluate_one)(ts, tprev, tnext, infos)
+
+
+def _where_finite(mask: Bool[Array, " n"], value: Array, buffer: Array) -> Array:
+    mask = mask.reshape(mask.shape + (1,) * (value.ndim - 1))
+    return jnp.where(
+        mask, value.astype(buffer.dtype), jnp.asarray(jnp.inf, buffer.dtype)
+    )
+
+
+def set_where(
+    buffer: Array, offset: int | Array, mask: Bool[Array, " n"], value: Array
+) -> Array:
+    """Writes `value` from `offset` on, infinity where `mask` is false, as Diffrax."""
+    return lax.dynamic_update_slice_in_dim(
+        buffer, _where_finite(mask, value, buffer), offset, axis=0
+    )
+
+
+def _scatter(buffer, positions, mask, value):
+    return buffer.at[positions].set(_where_finite(mask, value, buffer), mode="drop")
+
+
+def save(
+    subsaveat: diffrax.SubSaveAt, save_state: SaveState, solved: SolvedGrid, args: Args
+) -> SaveState:
+    """Fills the output of one `SubSaveAt`, in the order in which Diffrax would.
+
+    The value at `t0` is there already; that at `t1` is written by Diffrax afterwards.
+    """
+    offset = save_state.save_index
+    num_made = solved.num_steps
+    tnext = solved.grid.tnext
+    save_at = jax.vmap(lambda t, y: subsaveat.fn(t, y, args))
+    every, ts = subsaveat.steps, subsaveat.ts
+    out_size = save_state.ts.shape[0]
+    # One (positions, mask, times, values) for each kind of save.
+    saves = []
+    num_reached = jnp.zeros((), jnp.int32)
+    num_at_steps = jnp.zeros((), jnp.int32)
+    if ts is not None:
+        index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
+        last = jnp.where(num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf)
+        reached = ts <= last
+        # What is not reached is evaluated at the start instead, where all is finite.
+        index = jnp.where(reached, index, 0)
+        times = jnp.where(reached, ts, solved.grid.tprev[0])
+        values = save_at(times, solved.evaluate(times, index))
+        num_reached = jnp.sum(reached, dtype=jnp.int32)
+        positions = jnp.arange(len(ts), dtype=jnp.int32) + index // max(every, 1)
+        where = jnp.where(reached, offset + positions, out_size)
+        saves.append((where, reached, times, values))
+    if every != 0:
+        made = solved.made()[every - 1 :: every]
+        times = tnext[every - 1 :: every]
+        ys = jtu.tree_map(lambda y: y[every - 1 :: every], solved.ys)
+        values = save_at(times, ys)
+        num_at_steps = jnp.sum(made, dtype=jnp.int32)
+        positions = jnp.arange(times.shape[0], dtype=jnp.int32)
+        if ts is not None:
+            positions += jnp.searchsorted(ts, times, side="right").astype(jnp.int32)
+        where = jnp.where(made, offset + positions, out_size)
+        saves.append((where, made, times, values))
+    out_ts, out_ys = save_state.ts, save_state.ys
+    for where, mask, times, values in saves:
+        if len(saves) == 1:
+            write = ft.partial(set_where, offset=offset, mask=mask)
+        else:  # saves of two kinds, interleaved by time
+            write = ft.partial(_scatter, positions=where, mask=mask)
+        out_ts = write(out_ts, value=times)
+        out_ys = jtu.tree_map(lambda out, v, w=write: w(out, value=v), out_ys, values)
+    return SaveState(
+        saveat_ts_index=save_state.saveat_ts_index + num_reached,
+        ts=out_ts,
+        ys=out_ys,
+        save_index=offset + num_reached + num_at_steps,
+    )
