@@ -11,12 +11,11 @@ $y_i - A_i y_{i-1} = b_i$, whose transpose is the same kind of recurrence, run
 backwards with $A^\top$. That is all that derivatives of any order need.
 """
 
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
-from ._custom_types import Propagators, State, Trajectory
+from ._custom_types import Propagators, Trajectory
 
 
 # Up to this size XLA on CPU is quicker with multiply-and-add than with a batched
@@ -106,9 +105,9 @@ def affine_solve(A: Propagators, b: Trajectory, reverse: bool = False) -> Trajec
 
 
 def affine_scan(
-    A: Float[Array, "steps state state"] | Float[Array, "steps state"],
-    b: Float[Array, "steps state"],
-    y0: Float[Array, " state"],
+    A: Float[ArrayLike, "steps state state"] | Float[ArrayLike, "steps state"],
+    b: Float[ArrayLike, "steps state"],
+    y0: Float[ArrayLike, " state"],
     *,
     reverse: bool = False,
 ) -> Float[Array, "steps state"]:
@@ -154,6 +153,7 @@ def affine_scan(
 
         Blelloch (1990), *Prefix sums and their applications*, section 1.4.1.
     """
+    A, b, y0 = jnp.asarray(A), jnp.asarray(b), jnp.asarray(y0)
     shapes = f"A {A.shape}, b {b.shape}, y0 {y0.shape}"
     if b.ndim != 2 or y0.shape != b.shape[1:]:
         raise ValueError(

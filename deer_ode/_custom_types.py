@@ -16,9 +16,7 @@ State: TypeAlias = Float[Array, " state"]
 Trajectory: TypeAlias = Float[Array, "steps state"]
 """States after each step, the initial one excluded."""
 
-Propagators: TypeAlias = (
-    Float[Array, "steps state state"] | Float[Array, "steps state"]
-)
+Propagators: TypeAlias = Float[Array, "steps state state"] | Float[Array, "steps state"]
 """One transition matrix per step, dense or by its diagonal."""
 
 Mask: TypeAlias = Bool[Array, " steps"]

@@ -1,7 +1,6 @@
 """`diffeqsolve`: Diffrax's, with the grid counted and solved in parallel."""
 
 import diffrax
-import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -13,7 +12,7 @@ from ._parallel_adjoint import ParallelAdjoint
 from ._solver import DEER
 
 
-def _static(x, dtype) -> np.ndarray | None:
+def _static(x, dtype):
     """`x` as a number known while tracing, or `None`."""
     if isinstance(x, jax.core.Tracer):
         return None
@@ -31,16 +30,15 @@ def _count_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> int | None:
         dtype = jnp.result_type(*times)
     if not jnp.issubdtype(dtype, jnp.floating):
         dtype = jnp.result_type(float)
+    dtype = np.dtype(dtype)
     t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
     if t0 is None or t1 is None or dt0 is None:
         return None
     length, dt0 = abs(t1 - t0), abs(dt0)
     if not np.isfinite(length) or not dt0 > 0:
         return None
-    with jax.ensure_compile_time_eval():
-        step = np.asarray(eqxi.nextafter(jnp.asarray(dt0, dtype)))
-    return max(1, int(np.ceil(length / step)))
-
+    # The next number, so that rounding of `dt0` makes no extra step.
+    return max(1, int(np.ceil(length / np.nextafter(dt0, dtype.type(np.inf)))))
 
 
 def diffeqsolve(

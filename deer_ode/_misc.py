@@ -5,6 +5,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.flatten_util as jfu
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -14,9 +15,7 @@ from ._custom_types import Mask, State, Trajectory, Y
 
 
 def _split_complex(y: Y) -> Y:
-    return jtu.tree_map(
-        lambda x: (x.real, x.imag) if jnp.iscomplexobj(x) else x, y
-    )
+    return jtu.tree_map(lambda x: (x.real, x.imag) if jnp.iscomplexobj(x) else x, y)
 
 
 class StateFlattener(eqx.Module):
@@ -37,7 +36,9 @@ class StateFlattener(eqx.Module):
     def __init__(self, y: Y):
         struct = jax.eval_shape(lambda: y)
         leaves, self._structure = jtu.tree_flatten(struct)
-        self._complex = tuple(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves)
+        self._complex = tuple(
+            jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves
+        )
         example = jtu.tree_map(lambda x: np.zeros(x.shape, x.dtype), struct)
         with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"):
             vector, self._unravel = jfu.ravel_pytree(_split_complex(example))
@@ -63,7 +64,7 @@ class StateFlattener(eqx.Module):
 
 
 def previous_states(y0: State, ys: Trajectory) -> Trajectory:
-    """$(y_0, \\dots, y_{T-1})$ from $y_0$ and $(y_1, \\dots, y_T)$."""
+    r"""$(y_0, \dots, y_{T-1})$ from $y_0$ and $(y_1, \dots, y_T)$."""
     return jnp.concatenate([y0[None], ys[:-1]])
 
 
@@ -75,6 +76,11 @@ def leading_true(mask: Mask) -> Array:
     return jnp.where(jnp.all(mask), mask.shape[0], first_false).astype(jnp.int32)
 
 
+def count_true(mask: Bool[Array, " any"]) -> Array:
+    """How many entries are true, weakly typed as Diffrax's counters are."""
+    return lax.reduce_sum(jnp.where(mask, 1, 0), axes=(0,))
+
+
 def state_at(y0: State, ys: Trajectory, count: Array) -> State:
     """The state after `count` steps, where zero steps mean `y0`."""
     if ys.shape[0] == 0:
@@ -82,7 +88,9 @@ def state_at(y0: State, ys: Trajectory, count: Array) -> State:
     return jnp.where(count > 0, ys[jnp.maximum(count - 1, 0)], y0)
 
 
-def hold_last_good(y0: State, ys: Trajectory, good: Bool[Array, " steps"]) -> Trajectory:
+def hold_last_good(
+    y0: State, ys: Trajectory, good: Bool[Array, " steps"]
+) -> Trajectory:
     """Give every step from the first bad one on the last good state before it.
 
     The states before the first bad one are untouched, so the exact prefix of an

@@ -129,7 +129,9 @@ class Newton(eqx.Module):
         return self._postprocess(recurrence, final)
 
     def _trivial(self, recurrence):
-        ys = jnp.zeros((recurrence.num_steps, *recurrence.y0.shape), recurrence.y0.dtype)
+        ys = jnp.zeros(
+            (recurrence.num_steps, *recurrence.y0.shape), recurrence.y0.dtype
+        )
         return self._carry(ys)._replace(
             num_good=jnp.asarray(recurrence.num_steps, jnp.int32),
             residual=jnp.zeros((), ys.dtype),
@@ -191,7 +193,7 @@ class Newton(eqx.Module):
 
     def _postprocess(self, recurrence, carry):
         num_good = carry.num_good
-        if not self.fallback:
+        if not self.fallback or recurrence.num_steps == 0:
             no_steps = jnp.zeros_like(num_good)
             return NewtonSolution(
                 carry.ys,

@@ -17,9 +17,9 @@ from diffrax._integrate import State
 
 from ._discretisation import Grid, StepMap, take_steps
 from ._implicit import solve_recurrence
-from ._misc import leading_true, state_at, StateFlattener
+from ._misc import StateFlattener, count_true, leading_true, state_at
 from ._predictor import Trajectory
-from ._saving import save, set_where, SolvedGrid
+from ._saving import SolvedGrid, save, set_where
 from ._solver import DEER, DEERState
 
 
@@ -31,9 +31,11 @@ def _controller_grid(controller, state: State, t1, max_steps: int | None) -> Gri
         num_steps = ts.shape[0] - 1
         if max_steps is not None:
             num_steps = min(num_steps, max_steps)
-        ts = ts[: num_steps + 1].astype(jnp.result_type(t1))
-        grid = Grid.from_points(ts)
-        return Grid(grid.tprev, grid.tnext, grid.active & is_running)
+        # Through the state and not `ts` alone, since there Diffrax's check of the ends
+        # hangs: what is not used is not checked.
+        tnext = ts[1 : num_steps + 1].astype(jnp.result_type(t1)).at[0].set(state.tnext)
+        tprev = jnp.concatenate([state.tprev[None], tnext[:-1]])
+        return Grid(tprev, tnext, jnp.broadcast_to(is_running, (num_steps,)))
     if not isinstance(controller, diffrax.ConstantStepSize):
         raise ValueError(
             "`ParallelAdjoint` solves for all steps at once, so they must be known "
@@ -197,8 +199,9 @@ def _all_steps(
                 state.dense_infos,
                 steps.dense_info,
             ),
-            dense_save_index=num_steps,
+            dense_save_index=count_true(made),
         )
+    num_made = count_true(solved.made())
     tprev = at_last(grid.tnext, state.tprev)
     fraction_done = jnp.where(t1 > t0, (tprev - t0) / jnp.where(t1 > t0, t1 - t0, 1), 1)
     final_state = State(
@@ -212,25 +215,24 @@ def _all_steps(
             lax.stop_gradient(solution.ys),
             state.solver_state.num_newton_steps + solution.num_newton_steps,
         ),
-        controller_state=_controller_state(controller, state, num_steps),
+        controller_state=_controller_state(controller, state, num_made),
         progress_meter_state=progress_meter.step(
             state.progress_meter_state, fraction_done
         ),
         result=result,
-        num_steps=state.num_steps + num_steps,
-        num_accepted_steps=state.num_accepted_steps + num_steps,
+        num_steps=state.num_steps + num_made,
+        num_accepted_steps=state.num_accepted_steps + num_made,
         num_rejected_steps=state.num_rejected_steps,
         save_state=save_state,
-        **(
-            dict(dense_ts=None, dense_infos=None, dense_save_index=None) | dense_fields
-        ),
+        **(dict(dense_ts=None, dense_infos=None, dense_save_index=None) | dense_fields),
         **(dict.fromkeys(_EVENT_FIELDS) | event_fields),
     )
     stats = dict(
         num_newton_steps=solution.num_newton_steps,
         newton_residual=lax.stop_gradient(solution.residual),
-        num_fallback_steps=jnp.minimum(
-            solution.num_fallback_steps, jnp.maximum(num_wanted, 0)
+        # Padding counts for nothing.
+        num_fallback_steps=jnp.maximum(
+            solution.num_fallback_steps - (grid.num_steps - num_wanted), 0
         ),
     )
     return final_state, stats
@@ -342,7 +344,8 @@ class ParallelAdjoint(diffrax.AbstractAdjoint):
             dt0=dt0,
             max_steps=max_steps,
             init_state=init_state,
-            inner_while_loop=eqx.Partial(eqxi.while_loop, kind="lax"),
+            # The body is only looked at, never run.
+            inner_while_loop=lambda cond_fun, body_fun, init_val, **kw: init_val,
             outer_while_loop=all_steps,
             progress_meter=progress_meter,
         )

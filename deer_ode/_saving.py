@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._custom_types import Args, Y
 from ._discretisation import Grid
+from ._misc import count_true
 
 
 class SolvedGrid(eqx.Module):
@@ -80,8 +81,7 @@ def save(
     out_size = save_state.ts.shape[0]
     # One (positions, mask, times, values) for each kind of save.
     saves = []
-    num_reached = jnp.zeros((), jnp.int32)
-    num_at_steps = jnp.zeros((), jnp.int32)
+    num_saved = num_reached = 0
     if ts is not None:
         index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
         last = jnp.where(num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf)
@@ -90,7 +90,7 @@ def save(
         index = jnp.where(reached, index, 0)
         times = jnp.where(reached, ts, solved.grid.tprev[0])
         values = save_at(times, solved.evaluate(times, index))
-        num_reached = jnp.sum(reached, dtype=jnp.int32)
+        num_saved = num_reached = count_true(reached)
         positions = jnp.arange(len(ts), dtype=jnp.int32) + index // max(every, 1)
         where = jnp.where(reached, offset + positions, out_size)
         saves.append((where, reached, times, values))
@@ -99,7 +99,7 @@ def save(
         times = tnext[every - 1 :: every]
         ys = jtu.tree_map(lambda y: y[every - 1 :: every], solved.ys)
         values = save_at(times, ys)
-        num_at_steps = jnp.sum(made, dtype=jnp.int32)
+        num_saved = num_saved + count_true(made)
         positions = jnp.arange(times.shape[0], dtype=jnp.int32)
         if ts is not None:
             positions += jnp.searchsorted(ts, times, side="right").astype(jnp.int32)
@@ -117,5 +117,5 @@ def save(
         saveat_ts_index=save_state.saveat_ts_index + num_reached,
         ts=out_ts,
         ys=out_ys,
-        save_index=offset + num_reached + num_at_steps,
+        save_index=offset + num_saved,
     )

@@ -12,7 +12,7 @@ from diffrax._term import AdjointTerm
 from jaxtyping import Array, Float, Int, Real
 
 from ._custom_types import Args, Y
-from ._discretisation import check_one_step, Grid, one_step, StepMap, take_steps
+from ._discretisation import Grid, StepMap, check_one_step, one_step, take_steps
 from ._implicit import solve_recurrence
 from ._misc import StateFlattener
 from ._newton import Newton
@@ -41,7 +41,7 @@ class WindowInterpolation(diffrax.AbstractLocalInterpolation):
         return local.evaluate(t0)
 
 
-@ft.lru_cache(maxsize=None)
+@ft.cache
 def _window_interpolation(base_cls):
     # Diffrax keeps the class of interpolation as static data: the same object every
     # time, or everything is compiled anew.
@@ -134,7 +134,7 @@ class DEER(diffrax.AbstractWrappedSolver):
         return _window_interpolation(base_cls)
 
     # Diffrax replaces these on Runge--Kutta and on implicit solvers, for which a
-    # wrapped solver passes: the first has been seen to already, the second is passed on.
+    # wrapped solver passes. The first is taken care of, the second is passed on.
     @property
     def scan_kind(self):
         return "bounded"
@@ -182,8 +182,8 @@ class DEER(diffrax.AbstractWrappedSolver):
         if _has_adjoint_term(terms):
             raise ValueError(
                 "`BacksolveAdjoint` solves for the gradients of all parameters as part "
-                "of the state, far too large a state for parallel steps, and its answer "
-                "is approximate. Use the default adjoint with `DEER(..., "
+                "of the state, far too large a state for parallel steps, and its "
+                "answer is approximate. Use the default adjoint with `DEER(..., "
                 "num_substeps=...)`: its gradients are exact."
             )
         fraction = jnp.linspace(0, 1, self.num_substeps + 1, dtype=jnp.result_type(t1))

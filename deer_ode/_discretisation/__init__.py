@@ -2,8 +2,8 @@
 
 from ._base import Grid as Grid
 from ._step_map import (
+    StepMap as StepMap,
     check_one_step as check_one_step,
     one_step as one_step,
-    StepMap as StepMap,
 )
 from ._steps import Steps as Steps, take_steps as take_steps

@@ -4,6 +4,7 @@ $y_i = \Phi(t_{i-1}, t_i, y_{i-1})$, where $\Phi$ is one step of the solver from
 nothing but the state passes from step to step, so all steps can be taken at once.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import diffrax
@@ -15,7 +16,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Args, State, Y
-from .._misc import hold_last_good, is_reasonable, previous_states, StateFlattener
+from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._recurrence import AbstractMapRecurrence
 from ._base import Grid
 from ._explicit_rk import explicit_rk_step
@@ -56,22 +57,38 @@ def _check_stateless(solver, state) -> None:
     )
 
 
-def _has_loop(solver) -> bool:
-    return isinstance(solver, diffrax.AbstractRungeKutta | diffrax.AbstractSRK)
-
-
 def _with_differentiable_loops(solver):
-    """Diffrax's default stage loop has no forward mode; the bounded one has both."""
-    while_none = lambda x: x is None
-    if _has_loop(solver) and type(solver) is not diffrax.HalfSolver:
-        if solver.scan_kind is None:
-            return eqx.tree_at(
-                lambda s: s.scan_kind, solver, "bounded", is_leaf=while_none
-            )
-    elif isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
+    """Diffrax's default stage loops have no forward mode; these have both."""
+    if isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
         inner = _with_differentiable_loops(solver.solver)
         return eqx.tree_at(lambda s: s.solver, solver, inner)
-    return solver
+    if isinstance(solver, diffrax.AbstractRungeKutta):
+        kind = "bounded"
+    elif isinstance(solver, diffrax.AbstractSRK):
+        kind = "lax"  # a scan already, which goes both ways
+    else:
+        return solver
+    return eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
+
+
+@contextlib.contextmanager
+def errors_as_nan():
+    """While tracing: what would abort the program gives NaN instead.
+
+    An iterate of Newton's method may be far from any solution, and an implicit step
+    from there may well fail. Equinox's run-time errors would end the whole program,
+    where only the answer counts. NaN is what the iteration knows how to deal with.
+
+    This is `EQX_ON_ERROR=nan` for the steps of a solve. Equinox has no public way to
+    say it for a part of a program; a setting other than its default is respected.
+    """
+    before = eqx._errors.EQX_ON_ERROR
+    if before == "raise":
+        eqx._errors.EQX_ON_ERROR = "nan"
+    try:
+        yield
+    finally:
+        eqx._errors.EQX_ON_ERROR = before
 
 
 def one_step(solver: diffrax.AbstractSolver, terms, t0, t1, y0: Y, args: Args):
@@ -126,7 +143,7 @@ class StepMap(AbstractMapRecurrence):
 
         # Whatever the vector field closes over becomes a leaf of this recurrence, so
         # that derivatives reach it. The precision holds for all products traced here.
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"), errors_as_nan():
             self.f = eqx.filter_closure_convert(step, flat_y0, first)
             self.interpolate = eqx.filter_closure_convert(
                 interpolate, flat_y0, first.tprev, first.tnext, first.tnext
@@ -140,6 +157,15 @@ class StepMap(AbstractMapRecurrence):
 
     def flatten(self, ys: PyTree[Array]):
         return jax.vmap(self.flattener.flatten)(ys)
+
+    # Rules of derivatives are traced where they are used: errors in them as well.
+    def evaluate(self, ys):
+        with errors_as_nan():
+            return super().evaluate(ys)
+
+    def linearise(self, ys, linearisation):
+        with errors_as_nan():
+            return super().linearise(ys, linearisation)
 
     def coarse_trajectory(self, every):
         coarse_grid = self.xs.coarsen(every)

@@ -9,9 +9,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, Trajectory, Y
-from .._misc import previous_states, StateFlattener
+from .._misc import StateFlattener, previous_states
 from ._base import Grid
-from ._step_map import one_step
+from ._step_map import errors_as_nan, one_step
 
 
 class Steps(NamedTuple):
@@ -44,5 +44,5 @@ def take_steps(
         can_fail = result.is_traced()
         return Steps(y_error, dense_info, result if can_fail else None)
 
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), errors_as_nan():
         return jax.vmap(take)(previous_states(flat_y0, ys), grid)

@@ -1,0 +1,39 @@
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Nothing above may import the package: the hook checks what is imported from here on.
+_hook = install_import_hook("deer_ode", "beartype.beartype")
+_hook.__enter__()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--runslow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--runslow"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --runslow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_programs(request):
+    """Hundreds of compiled programs would fill the memory of a small machine."""
+    yield
+    if request.node.get_closest_marker("parametrize") is None:
+        return
+    _forget_compiled_programs.count += 1
+    if _forget_compiled_programs.count % 100 == 0:
+        jax.clear_caches()
+
+
+_forget_compiled_programs.count = 0

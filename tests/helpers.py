@@ -1,0 +1,246 @@
+"""Problems, solvers and comparisons that the tests share."""
+
+import operator
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optimistix as optx
+
+
+#: The converged answer agrees with the sequential one to so many units of rounding.
+ROUNDING_UNITS = 1e3
+
+
+def rounding(dtype=jnp.float64) -> float:
+    """The tolerance that the package promises on well-conditioned problems."""
+    return ROUNDING_UNITS * float(jnp.finfo(dtype).eps)
+
+
+def sqrt_eps(dtype=jnp.float64) -> float:
+    return float(jnp.finfo(dtype).eps) ** 0.5
+
+
+def unchecked(fn):
+    """`fn` as users have it, without the types that the tests check at run time."""
+    return getattr(fn, "__wrapped__", fn)
+
+
+def scale_of(x) -> float:
+    x = np.abs(np.asarray(x))
+    finite = x[np.isfinite(x)]
+    return float(finite.max()) if finite.size else 1.0
+
+
+def assert_close(actual, expected, tol: float, *, what: str = "") -> None:
+    """Same structure, dtypes and non-finite entries; the rest within `tol` times the
+    largest entry of each array.
+    """
+    assert jtu.tree_structure(actual) == jtu.tree_structure(expected)
+    for a, e in zip(jtu.tree_leaves(actual), jtu.tree_leaves(expected), strict=True):
+        a, e = np.asarray(a), np.asarray(e)
+        assert a.shape == e.shape, (what, a.shape, e.shape)
+        assert a.dtype == e.dtype, (what, a.dtype, e.dtype)
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(e), err_msg=what)
+        np.testing.assert_array_equal(np.isinf(a), np.isinf(e), err_msg=what)
+        finite = np.isfinite(e)
+        np.testing.assert_allclose(
+            a[finite],
+            e[finite],
+            rtol=0,
+            atol=tol * max(scale_of(e), 1e-300),
+            err_msg=what,
+        )
+
+
+def finite_difference(fn, x, direction, eps=1e-6):
+    """Central difference of a scalar function along `direction`."""
+    shift = lambda s: jtu.tree_map(lambda a, d: a + s * d, x, direction)
+    return (fn(shift(eps)) - fn(shift(-eps))) / (2 * eps)
+
+
+def random_like(key, tree):
+    leaves, structure = jtu.tree_flatten(tree)
+    keys = jr.split(key, len(leaves))
+    return jtu.tree_unflatten(
+        structure,
+        [jr.normal(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves)],
+    )
+
+
+def tree_dot(a, b):
+    return sum(
+        jtu.tree_leaves(jtu.tree_map(lambda x, y: jnp.sum(x * y), a, b)), jnp.zeros(())
+    )
+
+
+# --- problems -----------------------------------------------------------------------
+
+
+def lotka_volterra(t, y, args):
+    del t
+    a, b, c, d = args
+    prey, predators = y
+    return jnp.stack(
+        [a * prey - b * prey * predators, -c * predators + d * prey * predators]
+    )
+
+
+def lotka_volterra_args(dtype=jnp.float64):
+    return tuple(jnp.asarray(x, dtype) for x in (1.1, 0.4, 0.4, 0.1))
+
+
+def van_der_pol(t, y, mu):
+    del t
+    x, v = y
+    return jnp.stack([v, mu * (1 - x**2) * v - x])
+
+
+# A root finder that goes on to rounding, so that solvers agree beyond its tolerance.
+ROOT_FINDER = optx.Newton(rtol=1e-12, atol=1e-12, norm=optx.max_norm)
+
+_y0 = lambda: jnp.array([1.0, 0.5])
+_args = lambda: {"a": jnp.asarray(0.8), "w": jnp.array([[-0.1, 1.0], [-1.0, -0.2]])}
+
+
+def _drift(t, y, args):
+    return jnp.tanh(args["w"] @ y) + args["a"] * jnp.sin(t)
+
+
+def _stiff(t, y, args):
+    del t
+    return -args["a"] * 5.0 * y
+
+
+def _diffusion(t, y, args):
+    del t
+    return 0.1 * jnp.diag(jnp.cos(y)) * args["a"]
+
+
+def _additive(t, y, args):
+    del t, y
+    return 0.1 * args["a"] * jnp.eye(2)
+
+
+def _brownian(levy_area=diffrax.BrownianIncrement):
+    # The tolerance is below every step, so that all steps see the same path.
+    return diffrax.VirtualBrownianTree(
+        0.0, 1.0, tol=2**-9, shape=(2,), key=jr.key(1), levy_area=levy_area
+    )
+
+
+def ode():
+    return diffrax.ODETerm(_drift), _y0(), _args()
+
+
+def imex():
+    return (
+        diffrax.MultiTerm(diffrax.ODETerm(_drift), diffrax.ODETerm(_stiff)),
+        _y0(),
+        _args(),
+    )
+
+
+def partitioned():
+    terms = (
+        diffrax.ODETerm(lambda t, y, args: args["a"] * y),
+        diffrax.ODETerm(lambda t, y, args: -jnp.sin(y)),
+    )
+    return terms, (jnp.array([1.0]), jnp.array([0.2])), _args()
+
+
+def sde(diffusion=_diffusion, levy_area=diffrax.BrownianIncrement):
+    terms = diffrax.MultiTerm(
+        diffrax.ODETerm(_drift), diffrax.ControlTerm(diffusion, _brownian(levy_area))
+    )
+    return terms, _y0(), _args()
+
+
+def cde():
+    ts = jnp.linspace(0.0, 1.0, 9)
+    xs = jnp.stack([ts, jnp.sin(5 * ts)], axis=-1)
+    control = diffrax.CubicInterpolation(
+        ts, diffrax.backward_hermite_coefficients(ts, xs)
+    )
+
+    def field(t, y, args):
+        del t
+        return jnp.tanh(jnp.stack([args["w"] @ y, args["a"] * y], axis=-1))
+
+    return diffrax.ControlTerm(field, control).to_ode(), _y0(), _args()
+
+
+_space_time = diffrax.SpaceTimeLevyArea
+
+#: Every solver that the package promises, with a problem that it is for.
+SOLVERS = {
+    "Euler": (diffrax.Euler(), ode),
+    "Heun": (diffrax.Heun(), ode),
+    "Midpoint": (diffrax.Midpoint(), ode),
+    "Ralston": (diffrax.Ralston(), ode),
+    "Bosh3": (diffrax.Bosh3(), ode),
+    "Tsit5": (diffrax.Tsit5(), ode),
+    "Dopri5": (diffrax.Dopri5(), ode),
+    "Dopri8": (diffrax.Dopri8(), ode),
+    "ImplicitEuler": (diffrax.ImplicitEuler(root_finder=ROOT_FINDER), ode),
+    "Kvaerno3": (diffrax.Kvaerno3(root_finder=ROOT_FINDER), ode),
+    "Kvaerno5": (diffrax.Kvaerno5(root_finder=ROOT_FINDER), ode),
+    "KenCarp4": (diffrax.KenCarp4(root_finder=ROOT_FINDER), imex),
+    "Sil3": (diffrax.Sil3(root_finder=ROOT_FINDER), imex),
+    "SemiImplicitEuler": (diffrax.SemiImplicitEuler(), partitioned),
+    "EulerHeun": (diffrax.EulerHeun(), sde),
+    "ItoMilstein": (diffrax.ItoMilstein(), sde),
+    "SPaRK": (diffrax.SPaRK(), lambda: sde(levy_area=_space_time)),
+    "ShARK": (diffrax.ShARK(), lambda: sde(_additive, _space_time)),
+    "HalfSolver": (diffrax.HalfSolver(diffrax.Heun()), ode),
+    "Tsit5 on a CDE": (diffrax.Tsit5(), cde),
+    "Heun on an SDE": (diffrax.Heun(), sde),
+}
+
+
+# --- the ways in --------------------------------------------------------------------
+
+
+def door_a(terms, solver, *args, method=None, **kwargs):
+    import deer_ode
+
+    kwargs.pop("max_steps", None)
+    return deer_ode.diffeqsolve(terms, _deer(solver, method), *args, **kwargs)
+
+
+def door_b(terms, solver, *args, method=None, **kwargs):
+    import deer_ode
+
+    adjoint = deer_ode.ParallelAdjoint()
+    kwargs.setdefault("max_steps", 64)
+    return diffrax.diffeqsolve(
+        terms, _deer(solver, method), *args, adjoint=adjoint, **kwargs
+    )
+
+
+def door_c(terms, solver, *args, method=None, num_substeps=1, **kwargs):
+    import deer_ode
+
+    method = deer_ode.Newton() if method is None else method
+    deer = deer_ode.DEER(solver, method, num_substeps=num_substeps)
+    return diffrax.diffeqsolve(terms, deer, *args, **kwargs)
+
+
+def _deer(solver, method):
+    import deer_ode
+
+    return deer_ode.DEER(solver, deer_ode.Newton() if method is None else method)
+
+
+DOORS = {"a": door_a, "b": door_b, "c": door_c}
+
+
+def tree_sub(a, b):
+    return jtu.tree_map(operator.sub, a, b)
+
+
+filter_grad_jit = lambda fn: eqx.filter_jit(jax.grad(fn))

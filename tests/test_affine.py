@@ -1,0 +1,126 @@
+"""The affine scan against its loop, and its derivatives of every order."""
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax.test_util import check_grads
+
+from deer_ode import affine_scan
+from deer_ode._affine import apply, parallel_scan, sequential_scan
+
+from .helpers import assert_close, rounding, unchecked
+
+
+def reference(A, b, y0, reverse=False):
+    """The recurrence as it is written down."""
+
+    def step(y, element):
+        A_i, b_i = element
+        y = (A_i @ y if A_i.ndim == 2 else A_i * y) + b_i
+        return y, y
+
+    return lax.scan(step, y0, (A, b), reverse=reverse)[1]
+
+
+def elements(key, num_steps, size, dense, dtype=jnp.float64):
+    key_A, key_b, key_y = jr.split(key, 3)
+    shape = (num_steps, size, size) if dense else (num_steps, size)
+    # Products of these stay of order one.
+    A = 0.9 * jr.normal(key_A, shape, dtype) / (size**0.5 if dense else 1.0)
+    return (
+        A,
+        jr.normal(key_b, (num_steps, size), dtype),
+        jr.normal(key_y, (size,), dtype),
+    )
+
+
+@pytest.mark.parametrize("dense", (True, False))
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
+@pytest.mark.parametrize("size", (1, 3, 12))
+def test_agrees_with_the_loop(size, dtype, reverse, dense):
+    A, b, y0 = elements(jr.key(size), 50, size, dense, dtype)
+    expected = reference(A, b, y0, reverse)
+    assert_close(affine_scan(A, b, y0, reverse=reverse), expected, rounding(dtype))
+    first = -1 if reverse else 0
+    b = b.at[first].add(apply(A[first], y0))
+    for scan in (sequential_scan, parallel_scan):
+        actual = jax.jit(scan, static_argnums=2)(A, b, reverse)
+        assert_close(actual, expected, rounding(dtype), what=scan.__name__)
+
+
+@pytest.mark.parametrize("num_steps", (0, 1, 2))
+def test_short(num_steps):
+    A, b, y0 = elements(jr.key(0), num_steps, 2, True)
+    assert_close(affine_scan(A, b, y0), reference(A, b, y0), rounding())
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    num_steps=st.sampled_from((1, 7, 32)),
+    size=st.sampled_from((1, 2, 5)),
+    seed=st.integers(0, 2**31 - 1),
+    dense=st.booleans(),
+)
+def test_solves_the_recurrence(num_steps, size, seed, dense):
+    """Put into the recurrence, the answer leaves rounding only, whatever A and b are."""
+    A, b, y0 = elements(jr.key(seed), num_steps, size, dense)
+    A, b = np.asarray(A) * 1.5, np.asarray(b) * 10.0
+    ys = np.asarray(affine_scan(jnp.asarray(A), jnp.asarray(b), y0))
+    before = np.concatenate([np.asarray(y0)[None], ys[:-1]])
+    product = np.einsum("tij,tj->ti", A, before) if dense else A * before
+    size_of = np.abs(ys).max() + np.abs(product).max() + np.abs(b).max()
+    np.testing.assert_allclose(ys, product + b, rtol=0, atol=rounding() * size_of)
+
+
+@pytest.mark.parametrize("dense", (True, False))
+@pytest.mark.parametrize("reverse", (False, True))
+def test_derivatives(dense, reverse):
+    """First and second derivatives in A, b and y0 are those of the loop."""
+    inputs = elements(jr.key(3), 9, 2, dense)
+
+    def loss(scan):
+        return lambda A, b, y0: jnp.sum(jnp.sin(scan(A, b, y0, reverse=reverse)))
+
+    ours, loop = loss(affine_scan), loss(reference)
+    argnums = (0, 1, 2)
+    for transform in (jax.grad, jax.jacfwd, jax.hessian):
+        actual = jax.jit(transform(ours, argnums))(*inputs)
+        expected = jax.jit(transform(loop, argnums))(*inputs)
+        assert_close(actual, expected, rounding(), what=transform.__name__)
+    if dense and reverse:
+        check_grads(jax.jit(ours), inputs, order=1, modes=("fwd", "rev"))
+
+
+def test_vmap():
+    """Batched over all inputs, and over A alone, under a gradient."""
+    keys = jr.split(jr.key(5), 4)
+    A, b, y0 = jax.vmap(lambda key: elements(key, 9, 2, True))(keys)
+    for axes in ((0, 0, 0), (0, None, None), (None, 0, None)):
+        inputs = [x if ax == 0 else x[0] for x, ax in zip((A, b, y0), axes)]
+
+        def total(scan, axes=axes, inputs=inputs):
+            batched = jax.vmap(scan, axes)
+            return jax.grad(lambda *a: jnp.sum(batched(*a) ** 2), (0, 1, 2))(*inputs)
+
+        assert_close(total(affine_scan), total(reference), rounding())
+
+
+def test_non_finite_stays_where_it_is():
+    A, b, y0 = elements(jr.key(6), 10, 2, True)
+    b = b.at[6, 0].set(jnp.nan)
+    ys = affine_scan(A, b, y0)
+    assert_close(ys[:6], reference(A, b, y0)[:6], rounding())
+    assert bool(jnp.all(jnp.isnan(ys[6:, 0])))
+
+
+def test_shapes_are_checked():
+    A, b, y0 = elements(jr.key(7), 4, 2, True)
+    with pytest.raises(ValueError, match=r"\(steps, state, state\).*A \(4, 2, 3\)"):
+        unchecked(affine_scan)(jnp.zeros((4, 2, 3)), b, y0)
+    with pytest.raises(ValueError, match=r"`y0` of shape \(state,\)"):
+        unchecked(affine_scan)(A, b, jnp.zeros(3))

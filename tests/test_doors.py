@@ -1,0 +1,666 @@
+"""What a user of Diffrax writes, through all three doors, against stock Diffrax."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optimistix as optx
+import pytest
+
+from deer_ode import (
+    DEER,
+    Constant,
+    Dense,
+    Diagonal,
+    Newton,
+    ParallelAdjoint,
+    Trajectory,
+    diffeqsolve,
+)
+
+from .helpers import (
+    DOORS,
+    assert_close,
+    lotka_volterra,
+    lotka_volterra_args,
+    rounding,
+    sqrt_eps,
+    van_der_pol,
+)
+
+
+TERM = diffrax.ODETerm(lotka_volterra)
+Y0 = jnp.array([10.0, 5.0])
+
+
+def run(door, solver=None, t0=0.0, t1=3.0, dt0=0.1, y0=Y0, args=None, term=TERM, **kw):
+    """`door` is a name, or None for stock Diffrax."""
+    solver = diffrax.Tsit5() if solver is None else solver
+    args = lotka_volterra_args() if args is None else args
+    solve = diffrax.diffeqsolve if door is None else DOORS[door]
+    return solve(term, solver, t0, t1, dt0, y0, args, **kw)
+
+
+def solution_arrays(sol):
+    """All that a `Solution` says, cut to the steps made."""
+    ts, ys = sol.ts, sol.ys
+    out = dict(ts=ts, ys=ys, t0=sol.t0, t1=sol.t1)
+    counts = {k: int(sol.stats[k]) for k in ("num_steps", "num_accepted_steps")}
+    return out, counts
+
+
+def trimmed(tree, like):
+    """Buffers are as long as `max_steps` allows: cut to the shorter, the rest is inf."""
+
+    def trim(x, other):
+        size = min(x.shape[0], other.shape[0])
+        assert not np.isfinite(np.asarray(x[size:])).any()
+        return x[:size]
+
+    return jtu.tree_map(trim, tree, like)
+
+
+def assert_same_solution(sol, expected, tol=rounding()):
+    for name in ("ts", "ys"):
+        ours, theirs = getattr(sol, name), getattr(expected, name)
+        ours, theirs = trimmed(ours, theirs), trimmed(theirs, ours)
+        assert_close(ours, theirs, tol, what=name)
+    assert sol.result == expected.result
+    assert int(sol.stats["num_steps"]) == int(expected.stats["num_steps"])
+    assert float(sol.t1) == float(expected.t1)
+
+
+SAVES = {
+    "t1": lambda: diffrax.SaveAt(t1=True),
+    "t0, t1": lambda: diffrax.SaveAt(t0=True, t1=True),
+    "ts": lambda: diffrax.SaveAt(t0=True, ts=[0.0, 0.05, 0.1, 0.1, 1.7, 3.0], t1=True),
+    "steps": lambda: diffrax.SaveAt(t0=True, steps=True),
+    "every fourth step, t1": lambda: diffrax.SaveAt(steps=4, t1=True),
+    "steps among ts": lambda: diffrax.SaveAt(
+        ts=[0.15, 0.2, 0.2, 1.31], steps=3, t1=True
+    ),
+    "fn": lambda: diffrax.SaveAt(
+        ts=[0.3, 2.0], fn=lambda t, y, args: {"sum": y[0] + y[1], "t": t * args[0]}
+    ),
+    "subs": lambda: diffrax.SaveAt(
+        subs={
+            "a": diffrax.SubSaveAt(t0=True, steps=2),
+            "b": [diffrax.SubSaveAt(ts=[1.0], fn=lambda t, y, args: y[:1])],
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("what", SAVES)
+def test_saveat(what, door):
+    saveat = SAVES[what]()
+    expected = run(None, saveat=saveat)
+    sol = run(door, saveat=saveat)
+    if isinstance(expected.ts, dict):
+        for ours, theirs in zip(
+            jtu.tree_leaves((sol.ts, sol.ys)),
+            jtu.tree_leaves((expected.ts, expected.ys)),
+            strict=True,
+        ):
+            assert_close(trimmed(ours, theirs), trimmed(theirs, ours), rounding())
+    else:
+        assert_same_solution(sol, expected)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_dense(door):
+    ts = jnp.linspace(0.0, 3.0, 41)
+    kwargs = {"num_substeps": 3, "dt0": 0.3} if door == "c" else {}
+    sol = run(door, saveat=diffrax.SaveAt(dense=True), **kwargs)
+    expected = run(None, saveat=diffrax.SaveAt(dense=True))
+    assert_close(
+        jax.vmap(sol.evaluate)(ts), jax.vmap(expected.evaluate)(ts), rounding()
+    )
+    # Off the grid points, where it jumps.
+    ts = ts + 0.01
+    derivative = jax.vmap(sol.derivative)(ts[:-1])
+    assert_close(derivative, jax.vmap(expected.derivative)(ts[:-1]), rounding() * 10)
+    increment = sol.evaluate(0.25, 1.1)
+    assert_close(increment, expected.evaluate(0.25, 1.1), rounding())
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_backward_in_time(door):
+    saveat = diffrax.SaveAt(t0=True, ts=[2.9, 1.0, 0.05], steps=5, t1=True)
+    kwargs = dict(t0=3.0, t1=0.0, dt0=-0.1, saveat=saveat)
+    assert_same_solution(run(door, **kwargs), run(None, **kwargs))
+
+
+@pytest.mark.parametrize("door", ("a", "b"))
+@pytest.mark.parametrize("dt0", (0.7, 0.3, 3.0, 5.0))
+def test_the_steps_are_those_of_diffrax(dt0, door):
+    """The first is dt0 long, the others divide the interval; the last is clipped."""
+    saveat = diffrax.SaveAt(steps=True)
+    expected = run(None, t1=1.0, dt0=dt0, saveat=saveat)
+    assert_same_solution(run(door, t1=1.0, dt0=dt0, saveat=saveat), expected)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_step_to(door):
+    ts = jnp.array([0.0, 0.1, 0.15, 0.4, 0.41, 0.9, 1.0])
+    kwargs = dict(
+        t1=1.0, dt0=None, stepsize_controller=diffrax.StepTo(ts),
+        saveat=diffrax.SaveAt(steps=True, ts=[0.2]),
+    )  # fmt: skip
+    assert_same_solution(run(door, **kwargs), run(None, **kwargs))
+    with pytest.raises(Exception, match="t0==ts"):
+        run(door, **(kwargs | dict(t1=0.95)))
+    with pytest.raises(Exception, match="strictly increasing"):
+        run(door, **(kwargs | dict(stepsize_controller=diffrax.StepTo(ts[::-1]))))
+
+
+@pytest.mark.parametrize("num_substeps", (1, 6))
+def test_windows_under_pid_control(num_substeps):
+    """Steps are rejected, a tolerance is kept, and the answer is the equation's."""
+    solver = DEER(diffrax.Tsit5(), num_substeps=num_substeps)
+    controller = diffrax.PIDController(rtol=1e-8, atol=1e-8)
+    mu = jnp.asarray(5.0)
+    y0 = jnp.array([2.0, 0.0])
+
+    def solve(solver, controller=controller):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(van_der_pol), solver, 0.0, 6.0, 0.5, y0, mu,
+            saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 6.0, 13)),
+            stepsize_controller=controller, max_steps=4096,
+        )  # fmt: skip
+
+    sol, base = solve(solver), solve(diffrax.Tsit5())
+    fine = solve(diffrax.Dopri8(), diffrax.PIDController(rtol=1e-12, atol=1e-12))
+    error = lambda sol: float(jnp.max(jnp.abs(sol.ys - fine.ys)))
+    assert int(sol.stats["num_rejected_steps"]) > 0
+    if num_substeps == 1:
+        assert_same_solution(sol, base, 1e-7)
+    assert int(sol.stats["num_steps"]) < int(base.stats["num_steps"]) / num_substeps * 2
+    # The tolerance means the same as for the base solver.
+    assert error(sol) < 2 * error(base)
+
+
+def ball(t, y, args):
+    del t
+    _, velocity = y
+    return velocity, -args
+
+
+EVENTS = {
+    "rooted": lambda: diffrax.Event(
+        lambda t, y, args, **kw: y[0], optx.Newton(1e-10, 1e-10)
+    ),
+    "unrooted": lambda: diffrax.Event(lambda t, y, args, **kw: y[0]),
+    "boolean": lambda: diffrax.Event(lambda t, y, args, **kw: y[0] < 2.0),
+    "two, by direction": lambda: diffrax.Event(
+        [lambda t, y, args, **kw: y[0] - 8.0, lambda t, y, args, **kw: y[0]],
+        optx.Newton(1e-10, 1e-10),
+        direction=[True, False],
+    ),
+    "never": lambda: diffrax.Event(
+        lambda t, y, args, **kw: y[0] + 1e6, optx.Newton(1e-10, 1e-10)
+    ),
+    "at once": lambda: diffrax.Event(lambda t, y, args, **kw: t >= 0.0),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("which", EVENTS)
+def test_events(which, door):
+    """The bouncing ball's first bounce, with saves around it."""
+    kwargs = dict(
+        term=diffrax.ODETerm(ball), y0=(jnp.array(10.0), jnp.array(0.0)),
+        args=jnp.array(9.8), dt0=0.07, t1=2.5, event=EVENTS[which](),
+        saveat=diffrax.SaveAt(t0=True, ts=[0.2, 1.0, 2.4], steps=5, t1=True),
+    )  # fmt: skip
+    sol, expected = run(door, **kwargs), run(None, **kwargs)
+    assert_same_solution(sol, expected, sqrt_eps() if "rooted" in which else rounding())
+    assert_close(sol.event_mask, expected.event_mask, 0.0)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_gradient_of_an_event_time(door):
+    """d(sqrt(2 h / g)) / dh, known in closed form."""
+
+    def fall_time(height):
+        return run(
+            door, term=diffrax.ODETerm(ball), y0=(height, jnp.array(0.0)),
+            args=jnp.array(9.8), t1=2.5, event=EVENTS["rooted"](),
+        ).ts[-1]  # fmt: skip
+
+    height = jnp.array(10.0)
+    value, slope = eqx.filter_jit(jax.value_and_grad(fall_time))(height)
+    exact = float(jnp.sqrt(2 * height / 9.8))
+    # A quadratic motion is exact for a method of order five; what is left is the
+    # tolerance of the root finder.
+    np.testing.assert_allclose(float(value), exact, rtol=1e-9)
+    np.testing.assert_allclose(float(slope), exact / 20, rtol=1e-9)
+
+
+@pytest.mark.parametrize("door", ("a", "b"))
+def test_what_comes_after_an_event_does_no_harm(door):
+    """The field is not a number where the event has stopped the solve before."""
+    term = diffrax.ODETerm(lambda t, y, args: -jnp.sqrt(y) - args)
+    event = diffrax.Event(lambda t, y, args, **kw: y < 0.2)
+    kwargs = dict(
+        term=term, y0=jnp.array(1.0), args=jnp.array(1.0), t1=3.0, event=event,
+        saveat=diffrax.SaveAt(steps=True),
+    )  # fmt: skip
+    expected = run(None, **kwargs)
+    for method in (Newton(), Newton(fallback=False)):
+        assert_same_solution(run(door, method=method, **kwargs), expected)
+
+
+def test_steady_state_without_an_end():
+    """t1 = inf: only an event ends it."""
+    event = diffrax.Event(diffrax.steady_state_event(1e-3, 1e-3, optx.rms_norm))
+    kwargs = dict(
+        term=diffrax.ODETerm(lambda t, y, args: -args * (y - 1)),
+        y0=jnp.array(3.0), args=jnp.array(2.0), t1=jnp.inf, event=event,
+    )  # fmt: skip
+    expected = run(None, **kwargs)
+    assert 0 < int(expected.stats["num_steps"]) < 64
+    for door in ("b", "c"):
+        assert_same_solution(run(door, **kwargs), expected)
+
+
+STATES = {
+    "scalar": (lambda t, y, a: -a * y, jnp.array(1.0)),
+    "tree": (
+        lambda t, y, a: {"x": -a * y["v"][0], "v": (jnp.sin(y["x"]), y["v"][1] * t)},
+        {"x": jnp.ones((2, 1)), "v": (jnp.zeros((2, 1)), jnp.ones(3))},
+    ),
+    "complex": (lambda t, y, a: 1j * a * y * jnp.conj(y) - y, jnp.array([1.0 + 0.5j, 2j])),
+    "mixed precision": (
+        lambda t, y, a: (
+            -y[0] * a, (-y[1] + y[0].astype(jnp.complex128)[0]) * a.astype(complex)
+        ),
+        (jnp.ones(2), jnp.array([1 + 1j])),
+    ),
+    "none": (lambda t, y, a: None, None),
+    "no entries": (lambda t, y, a: -y, jnp.zeros((0,))),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("which", STATES)
+def test_states(which, door):
+    field, y0 = STATES[which]
+    kwargs = dict(
+        term=diffrax.ODETerm(field), y0=y0, args=jnp.array(0.7), t1=1.0,
+        saveat=diffrax.SaveAt(ts=[0.3, 1.0], t1=True),
+    )  # fmt: skip
+    # Diffrax's Runge--Kutta methods do not take leaves of different precision.
+    solver = diffrax.Euler() if which == "mixed precision" else None
+    sol, expected = run(door, solver, **kwargs), run(None, solver, **kwargs)
+    assert_same_solution(sol, expected)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_no_time_at_all(door):
+    saveat = diffrax.SaveAt(t0=True, ts=[1.0, 1.0], t1=True)
+    kwargs = dict(t0=1.0, t1=1.0, saveat=saveat)
+    assert_same_solution(run(door, **kwargs), run(None, **kwargs))
+
+    def loss(door):
+        return lambda y0: jnp.sum(run(door, y0=y0, **kwargs).ys ** 2)
+
+    assert_close(jax.grad(loss(door))(Y0), jax.grad(loss(None))(Y0), rounding())
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_too_few_steps(door):
+    kwargs = dict(max_steps=7, saveat=diffrax.SaveAt(ts=[0.3, 0.69, 0.75], steps=2))
+    if door == "a":  # this helper of the tests leaves `max_steps` out for it
+        solve = lambda **kw: diffeqsolve(
+            TERM, DEER(), 0.0, 3.0, 0.1, Y0, lotka_volterra_args(), **kw
+        )
+    else:
+        solve = lambda **kw: run(door, **kw)
+    expected = run(None, throw=False, **kwargs)
+    sol = solve(throw=False, **kwargs)
+    assert sol.result == diffrax.RESULTS.max_steps_reached
+    assert_same_solution(sol, expected)
+    with pytest.raises(Exception, match="maximum number of solver steps"):
+        jax.block_until_ready(solve(**kwargs).ys)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_closed_over_parameters(door):
+    """Gradients reach what the vector field closes over, forward and reverse."""
+    kwargs = dict(saveat=diffrax.SaveAt(ts=[0.5, 2.0]), max_steps=64)
+
+    def loss(door):
+        def of(a):
+            field = lambda t, y, args: jnp.tanh(a * y) - args * y * t
+            return jnp.sum(
+                run(door, term=diffrax.ODETerm(field), args=jnp.array(0.3), **kwargs).ys
+            )
+
+        return of
+
+    a = jnp.array(0.8)
+    expected = eqx.filter_jit(jax.grad(loss(None)))(a)
+    assert_close(eqx.filter_jit(jax.grad(loss(door)))(a), expected, rounding())
+    if door != "c":  # Diffrax's default adjoint has no forward mode
+        assert_close(eqx.filter_jit(jax.jacfwd(loss(door)))(a), expected, rounding())
+
+
+def test_forward_mode_and_direct_adjoint_in_windows():
+    def loss(door, adjoint, a):
+        kw = {} if door is None else dict(num_substeps=3)
+        dt0 = 0.1 if door is None else 0.3
+        args = (a, *lotka_volterra_args()[1:])
+        sol = run(door, args=args, dt0=dt0, adjoint=adjoint, max_steps=40, **kw)
+        return jnp.sum(sol.ys)
+
+    a = jnp.array(1.1)
+    expected = jax.grad(lambda a: loss(None, diffrax.RecursiveCheckpointAdjoint(), a))(
+        a
+    )
+    forward = lambda a: loss("c", diffrax.ForwardMode(), a)
+    direct = lambda a: loss("c", diffrax.DirectAdjoint(), a)
+    assert_close(jax.jit(jax.jacfwd(forward))(a), expected, rounding())
+    assert_close(jax.jit(jax.grad(direct))(a), expected, rounding())
+
+
+@pytest.mark.parametrize("door", ("a", "b"))
+def test_hessian(door):
+    def loss(door, **kw):
+        def of(args):
+            return jnp.sum(run(door, t1=1.0, args=args, max_steps=12, **kw).ys ** 2)
+
+        return of
+
+    args = lotka_volterra_args()
+    actual = jax.jit(jax.hessian(loss(door)))(args)
+    expected = jax.jit(jax.hessian(loss(None, adjoint=diffrax.DirectAdjoint())))(args)
+    assert_close(actual, expected, rounding())
+
+
+@pytest.mark.parametrize("door", ("b", "c"))
+@pytest.mark.parametrize("over", ("y0", "args", "t1", "saveat"))
+def test_vmap(over, door):
+    y0s = jnp.stack([Y0, 0.5 * Y0, 2.0 * Y0])
+    scales = jnp.array([1.0, 0.7, 1.3])
+    t1s = jnp.array([0.35, 1.0, 0.5])
+
+    def solve(door, y0, scale, t1, ts):
+        args = tuple(scale * x for x in lotka_volterra_args())
+        saveat = diffrax.SaveAt(ts=ts) if over == "saveat" else diffrax.SaveAt(t1=True)
+        sol = run(door, y0=y0, args=args, t1=t1, saveat=saveat, max_steps=16)
+        return sol.ts, sol.ys, sol.stats["num_steps"]
+
+    inputs = dict(
+        y0=(y0s, scales[0], t1s[1], jnp.array([0.2, 0.9])),
+        args=(Y0, scales, t1s[1], jnp.array([0.2, 0.9])),
+        t1=(Y0, scales[0], t1s, jnp.array([0.2, 0.9])),
+        saveat=(Y0, scales[0], t1s[1], jnp.array([[0.2, 0.9], [0.0, 1.0], [0.55, 0.6]])),
+    )[over]  # fmt: skip
+    axes = [None] * 4
+    axes[("y0", "args", "t1", "saveat").index(over)] = 0
+    batched = lambda door: jax.jit(
+        jax.vmap(lambda *x: solve(door, *x), in_axes=tuple(axes))
+    )(*inputs)
+    ts, ys, counts = batched(door)
+    expected_ts, expected_ys, expected_counts = batched(None)
+    assert_close((ts, ys), (expected_ts, expected_ys), rounding())
+    np.testing.assert_array_equal(np.asarray(counts), np.asarray(expected_counts))
+
+
+def test_padding_is_exact_in_gradients():
+    """Past t1 the field is infinite: the padded steps must not look there."""
+    field = lambda t, y, args: -args * y / jnp.sqrt(1.0 + 1e-3 - t)
+
+    def loss(door, max_steps):
+        return lambda args: jnp.sum(
+            run(
+                door, term=diffrax.ODETerm(field), y0=jnp.array([1.0]), args=args,
+                t1=1.0, saveat=diffrax.SaveAt(steps=2, t1=True), max_steps=max_steps,
+                throw=False,
+            ).ys[:5]
+        )  # fmt: skip
+
+    args = jnp.array(0.9)
+    expected = jax.grad(loss(None, 10))(args)
+    assert_close(jax.grad(loss("b", 10))(args), expected, rounding())
+    assert_close(jax.grad(loss("b", 24))(args), expected, rounding())
+
+
+@pytest.mark.parametrize("door", ("a", "b"))
+def test_warm_start(door):
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+    cold = run(door, saveat=saveat)
+    warm = run(door, saveat=saveat, solver_state=cold.solver_state)
+    assert int(warm.stats["num_newton_steps"]) == 1
+    assert int(cold.stats["num_newton_steps"]) > 1
+    assert_close(warm.ys, cold.ys, rounding())
+    # As in training: parameters a little on.
+    args = tuple(1.001 * x for x in lotka_volterra_args())
+    after = run(door, args=args, saveat=saveat, solver_state=cold.solver_state)
+    assert_close(after.ys, run(None, args=args).ys, rounding())
+    with pytest.raises(ValueError, match="each of the .* steps of the grid"):
+        short = eqx.tree_at(
+            lambda s: s.ys, cold.solver_state, cold.solver_state.ys[:-1]
+        )
+        run(door, solver_state=short)
+
+
+def test_solver_state_in_windows():
+    """Counts the iterations, and goes on where it stopped."""
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+    first = run("c", t1=1.5, num_substeps=5, dt0=0.5, saveat=saveat)
+    assert int(first.solver_state.num_newton_steps) >= 3
+    second = run(
+        "c", t0=1.5, num_substeps=5, dt0=0.5, y0=first.ys[-1], saveat=saveat,
+        solver_state=first.solver_state,
+    )  # fmt: skip
+    assert_close(second.ys, run(None).ys, rounding())
+    counts = [s.solver_state.num_newton_steps for s in (first, second)]
+    assert int(counts[1]) > int(counts[0])
+
+
+def test_controller_state_goes_on():
+    """Stop after some steps and go on from the controller's state."""
+    saveat = diffrax.SaveAt(t1=True, controller_state=True, made_jump=True)
+    for door in ("b",):
+        sol = run(door, saveat=saveat)
+        expected = run(None, saveat=saveat)
+        assert_close(
+            sol.controller_state,
+            jtu.tree_map(jnp.asarray, expected.controller_state),
+            rounding(),
+        )
+        assert bool(sol.made_jump) == bool(expected.made_jump)
+
+
+@pytest.mark.parametrize(
+    "guess", (Constant(), Trajectory(jnp.full((30, 2), 3.0))), ids=("constant", "own")
+)
+def test_guesses(guess):
+    sol = run("a", method=Newton(guess=guess))
+    assert_close(sol.ys, run(None).ys, rounding())
+    assert int(sol.stats["num_fallback_steps"]) == 0
+
+
+def test_diagonal_linearisation_finds_the_same_answer():
+    sol = run("a", method=Newton(Diagonal(), newton_max_steps=200))
+    assert_close(sol.ys, run(None).ys, rounding())
+
+
+@pytest.mark.parametrize("door", ("a", "b"))
+def test_fallback_is_reported(door):
+    """One iteration is not enough: finished sequentially, or a failure that says so."""
+    saveat = diffrax.SaveAt(steps=True)
+    expected = run(None, saveat=saveat)
+    method = Newton(guess=Constant(), newton_max_steps=3)
+    sol = run(door, method=method, saveat=saveat)
+    assert_same_solution(sol, expected)
+    assert 0 < int(sol.stats["num_fallback_steps"]) < 30
+    strict = Newton(guess=Constant(), newton_max_steps=3, fallback=False)
+    sol = run(door, method=strict, saveat=saveat, throw=False)
+    assert sol.result == diffrax.RESULTS.nonlinear_max_steps_reached
+    good = int(sol.stats["num_steps"])
+    assert 0 < good < 30
+    assert_close(sol.ys[:good], expected.ys[:good], rounding())
+    assert not np.isfinite(np.asarray(sol.ys[good:])).any()
+    with pytest.raises(Exception, match="(?i)maximum number of steps"):
+        jax.block_until_ready(run(door, method=strict).ys)
+
+
+def test_a_window_that_fails_is_rejected():
+    """Without fallback and with too few iterations, the controller shortens windows."""
+    method = Newton(guess=Constant(), newton_max_steps=4, fallback=False)
+    solver = DEER(diffrax.Tsit5(), method, num_substeps=8)
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+
+    def solve(solver, **kw):
+        return diffrax.diffeqsolve(
+            TERM, solver, 0.0, 3.0, 3.0, Y0, lotka_volterra_args(), max_steps=500, **kw
+        )
+
+    sol = solve(solver, stepsize_controller=controller)
+    assert int(sol.stats["num_rejected_steps"]) > 0
+    fine = run(None, diffrax.Dopri8(), dt0=0.003, max_steps=1000)
+    # Far below the tolerance: the windows are short for another reason.
+    assert_close(sol.ys, fine.ys, 1e-4)
+    fixed = solve(solver, throw=False)
+    assert fixed.result == diffrax.RESULTS.nonlinear_max_steps_reached
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_non_finite_where_the_sequential_answer_is(door):
+    """y' = y^2 blows up at t = 1."""
+    kwargs = dict(
+        term=diffrax.ODETerm(lambda t, y, args: y**2), y0=jnp.array([1.0]), t1=2.0,
+        dt0=0.05, saveat=diffrax.SaveAt(steps=True), max_steps=40,
+    )  # fmt: skip
+    sol, expected = run(door, **kwargs), run(None, **kwargs)
+    assert not bool(jnp.all(jnp.isfinite(expected.ys)))
+    finite = np.isfinite(np.asarray(expected.ys))
+    np.testing.assert_array_equal(np.isfinite(np.asarray(sol.ys)), finite)
+    # Just before the blow-up the numbers are of size 1e100 and conditioned as badly.
+    tame = finite & (np.abs(np.asarray(expected.ys)) < 1e3)
+    np.testing.assert_allclose(
+        np.asarray(sol.ys)[tame], np.asarray(expected.ys)[tame], rtol=sqrt_eps()
+    )
+    if door != "c":
+        strict = run(door, method=Newton(fallback=False), throw=False, **kwargs)
+        assert strict.result == diffrax.RESULTS.nonfinite
+
+
+def test_progress_meters(capfd):
+    for door in DOORS:
+        meter = diffrax.TextProgressMeter(minimum_increase=0.1)
+        sol = run(door, progress_meter=meter)
+        jax.block_until_ready(sol.ys)
+        jax.effects_barrier()
+        assert "100.00%" in capfd.readouterr().out, door
+
+
+def test_no_retrace():
+    """A second solve of the same shape compiles nothing, with another start or time."""
+    traces = []
+
+    def field(t, y, args):
+        traces.append(None)
+        return lotka_volterra(t, y, args)
+
+    term = diffrax.ODETerm(field)
+    run("a", term=term, saveat=diffrax.SaveAt(dense=True))
+    run("c", term=term, num_substeps=3, saveat=diffrax.SaveAt(dense=True))
+    count = len(traces)
+    run("a", term=term, y0=2 * Y0, saveat=diffrax.SaveAt(dense=True))
+    run("c", term=term, y0=2 * Y0, num_substeps=3, saveat=diffrax.SaveAt(dense=True))
+    assert len(traces) == count > 0
+
+
+def test_other_solvers_go_to_diffrax():
+    args = lotka_volterra_args()
+    expected = run(None)
+    sol = diffeqsolve(TERM, diffrax.Tsit5(), 0.0, 3.0, 0.1, Y0, args)
+    assert_same_solution(sol, expected, 0.0)
+    windows = diffeqsolve(TERM, DEER(num_substeps=5), 0.0, 3.0, 0.5, Y0, args)
+    assert_close(windows.ys, expected.ys, rounding())
+    # Without num_substeps and without ParallelAdjoint: the base solver, step by step.
+    plain = diffrax.diffeqsolve(TERM, DEER(), 0.0, 3.0, 0.1, Y0, args)
+    assert_same_solution(plain, expected)
+
+
+def test_traced_times_need_a_bound():
+    args = lotka_volterra_args()
+    solve = lambda t1, **kw: diffeqsolve(TERM, DEER(), 0.0, t1, 0.1, Y0, args, **kw).ys
+    with pytest.raises(ValueError, match="cannot be counted.*Give `max_steps"):
+        jax.jit(solve)(3.0)
+    bounded = jax.jit(lambda t1: solve(t1, max_steps=32))(3.0)
+    assert_close(bounded, run(None).ys, rounding())
+
+
+def test_refusals():
+    args = lotka_volterra_args()
+    parallel = dict(adjoint=ParallelAdjoint())
+    pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="`PIDController` use `DEER.solver, num_subst"):
+        run("b", stepsize_controller=pid)
+    with pytest.raises(ValueError, match="`PIDController` use `DEER.solver, num_subst"):
+        run("a", stepsize_controller=pid)
+    with pytest.raises(ValueError, match=r"`DEER\(Tsit5\(...\)\)` in place of"):
+        diffrax.diffeqsolve(TERM, diffrax.Tsit5(), 0.0, 1.0, 0.1, Y0, args, **parallel)
+    with pytest.raises(ValueError, match="Leave out `num_substeps`"):
+        solver = DEER(num_substeps=3)
+        diffrax.diffeqsolve(TERM, solver, 0.0, 1.0, 0.1, Y0, args, **parallel)
+    with pytest.raises(ValueError, match="at most how many steps"):
+        run("b", max_steps=None)
+    with pytest.raises(ValueError, match="`BacksolveAdjoint` solves for the gradients"):
+        backsolve = diffrax.BacksolveAdjoint()
+        loss = lambda y0: jnp.sum(run("c", y0=y0, adjoint=backsolve).ys)
+        jax.grad(loss)(Y0)
+    with pytest.raises(ValueError, match="need 240 bytes.*Diagonal"):
+        method = Newton(Dense(max_bytes=100))
+        run("a", y0=Y0[:1], dt0=0.1, term=diffrax.ODETerm(lambda t, y, a: -y),
+            method=method)  # fmt: skip
+    with pytest.raises(ValueError, match="positive integer or `None`; got 0"):
+        DEER(num_substeps=0)
+    with pytest.raises(ValueError, match="give the base solver"):
+        DEER(DEER())
+    with pytest.raises(ValueError, match="`dt0` is the size of the steps"):
+        run("a", dt0=None)
+
+
+def test_diffrax_internals_are_where_they_were():
+    """`ParallelAdjoint` stands on these; see the bound on Diffrax in pyproject."""
+    from diffrax import _integrate
+
+    fields = set(_integrate.State.__dataclass_fields__)
+    assert fields == {
+        "y", "tprev", "tnext", "made_jump", "solver_state", "controller_state",
+        "progress_meter_state", "result", "num_steps", "num_accepted_steps",
+        "num_rejected_steps", "save_state", "dense_ts", "dense_infos",
+        "dense_save_index", "event_tprev", "event_tnext", "event_dense_info",
+        "event_values", "event_mask",
+    }  # fmt: skip
+    save_fields = list(_integrate.SaveState.__dataclass_fields__)
+    assert save_fields == ["saveat_ts_index", "ts", "ys", "save_index"]
+    assert callable(diffrax.AbstractAdjoint._loop.fget)
+
+
+def test_random_key_for_each_sample():
+    """An ensemble of SDE paths: the same paths as stock Diffrax."""
+
+    def sample(door, key):
+        path = diffrax.VirtualBrownianTree(0.0, 1.0, tol=1e-3, shape=(), key=key)
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            diffrax.ControlTerm(lambda t, y, args: 0.3 * y, path),
+        )
+        kwargs = dict(term=terms, y0=jnp.array(1.0), t1=1.0, max_steps=16)
+        return run(door, diffrax.EulerHeun(), **kwargs).ys
+
+    keys = jr.split(jr.key(3), 4)
+    batch = lambda door: jax.jit(jax.vmap(lambda key: sample(door, key)))(keys)
+    assert_close(batch("b"), batch(None), rounding())
