@@ -21,7 +21,7 @@ def run(quick: bool = False) -> list[dict]:
     problems = [
         ("Lotka-Volterra", _lotka_volterra, lv, [10.0, 5.0], 160.0, 16_000),
         (
-            "Van der Pol, mu = 5",
+            "Van der Pol",
             _van_der_pol,
             jnp.float64(5.0),
             [2.0, 0.0],

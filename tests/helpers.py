@@ -68,7 +68,10 @@ def random_like(key, tree):
     keys = jr.split(key, len(leaves))
     return jtu.tree_unflatten(
         structure,
-        [jr.normal(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves)],
+        [
+            jr.normal(k, jnp.shape(x), jnp.result_type(x))
+            for k, x in zip(keys, leaves, strict=True)
+        ],
     )
 
 

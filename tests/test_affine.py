@@ -67,7 +67,7 @@ def test_short(num_steps):
     dense=st.booleans(),
 )
 def test_solves_the_recurrence(num_steps, size, seed, dense):
-    """Put into the recurrence, the answer leaves rounding only, whatever A and b are."""
+    """Put into the recurrence, the answer leaves rounding only, whatever A and b."""
     A, b, y0 = elements(jr.key(seed), num_steps, size, dense)
     A, b = np.asarray(A) * 1.5, np.asarray(b) * 10.0
     ys = np.asarray(affine_scan(jnp.asarray(A), jnp.asarray(b), y0))
@@ -101,7 +101,9 @@ def test_vmap():
     keys = jr.split(jr.key(5), 4)
     A, b, y0 = jax.vmap(lambda key: elements(key, 9, 2, True))(keys)
     for axes in ((0, 0, 0), (0, None, None), (None, 0, None)):
-        inputs = [x if ax == 0 else x[0] for x, ax in zip((A, b, y0), axes)]
+        inputs = [
+            x if ax == 0 else x[0] for x, ax in zip((A, b, y0), axes, strict=True)
+        ]
 
         def total(scan, axes=axes, inputs=inputs):
             batched = jax.vmap(scan, axes)
