@@ -44,13 +44,15 @@ def run(quick: bool = False) -> list[dict]:
             term, diffrax.Tsit5(), 0.0, t1, t1 / num_steps, y0, args,
             saveat=diffrax.SaveAt(steps=True), max_steps=num_steps,
         ).ys  # fmt: skip
+        expected = jnp.asarray(expected)
         for guess_name, guess in guesses.items():
             method = deer_ode.Newton(guess=guess, newton_max_steps=300)
             sol = eqx.filter_jit(deer_ode.diffeqsolve)(
                 term, deer_ode.DEER(diffrax.Tsit5(), method), 0.0, t1, t1 / num_steps,
                 y0, args, saveat=diffrax.SaveAt(steps=True),
             )  # fmt: skip
-            error = jnp.max(jnp.abs(sol.ys - expected)) / jnp.max(jnp.abs(expected))
+            ys = jnp.asarray(sol.ys)
+            error = jnp.max(jnp.abs(ys - expected)) / jnp.max(jnp.abs(expected))
             rows.append(
                 {
                     "problem": name,

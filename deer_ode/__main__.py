@@ -162,7 +162,7 @@ def _report(demo, task, training, comparison) -> None:
         ),
         "learned friction along the true orbit": f"{friction:.1%} off (rms)",
         "Newton steps per solve": (
-            f"{steps[0]} first (coarse guess), {max(steps)} most, {steps[-1]} last"
+            f"{steps[0]} first, {max(steps)} most, {steps[-1]} last"
         ),
         "steps finished sequentially, in all solves": training.num_fallback_steps,
         "time per gradient step": (

@@ -54,8 +54,8 @@ _FRICTION = 1.2e-3
 _NOISE = 0.005
 # How wrong the values are that the fit starts from.
 _OFFSETS = np.array([0.03, -0.02, 0.01, 0.01, 0.01, -0.01])
-# Between observations that lie further apart the solver makes more steps: Tsit5 then
-# is off by about 1e-7 per orbit. (10,000 points are denser than this by far.)
+# Between observations that lie further apart the solver makes more steps, so that few
+# observations still give an accurate orbit. (10,000 lie closer by far.)
 _LONGEST_STEP = 0.05
 # Scale of the network's output, so that weights of order one mean a weak friction.
 _NETWORK_SCALE = 0.02
@@ -141,8 +141,20 @@ class Problem(NamedTuple):
     """Which step of the grid ends at each observation."""
 
 
-def _solve(run: Callable, solver, system, grid, **kwargs) -> Any:
-    """`run` is Diffrax's `diffeqsolve` or ours: nothing else differs."""
+def _solve(
+    run: Callable,
+    solver,
+    system,
+    grid,
+    saveat=diffrax.SaveAt(steps=True),
+    throw=True,
+) -> Any:
+    """`run` is Diffrax's `diffeqsolve` or ours: only `DEER` is new.
+
+    Newton's method starts from its default guess. The solution of the last gradient
+    step, by way of `solver_state`, takes as long here: with so many points to an orbit
+    a coarse solve is a better guess than the orbit of slightly different parameters.
+    """
     return run(
         _TERM,
         solver,
@@ -151,21 +163,11 @@ def _solve(run: Callable, solver, system, grid, **kwargs) -> Any:
         None,
         system.start,
         system,
+        saveat=saveat,
         stepsize_controller=diffrax.StepTo(grid),
         max_steps=grid.shape[0] - 1,
-        **kwargs,
+        throw=throw,
     )
-
-
-def _solve_sequential(solver, system, grid):
-    saveat = diffrax.SaveAt(steps=True)
-    return _solve(diffrax.diffeqsolve, solver, system, grid, saveat=saveat)
-
-
-def _solve_parallel(solver, system, grid, guess, **kwargs):
-    saveat = diffrax.SaveAt(steps=True, solver_state=True)
-    kwargs |= dict(saveat=saveat, solver_state=guess)
-    return _solve(diffeqsolve, solver, system, grid, **kwargs)
 
 
 def _see(system, states):
@@ -188,7 +190,9 @@ def simulate(num_points: int, rng: np.random.Generator) -> Problem:
     ]
     grid = jnp.asarray(np.concatenate([[0.0], *parts]))
     indices = jnp.asarray(np.cumsum(counts) - 1)
-    reference = eqx.filter_jit(_solve_sequential)(diffrax.Dopri8(), system, grid)
+    reference = eqx.filter_jit(_solve)(
+        diffrax.diffeqsolve, diffrax.Dopri8(), system, grid
+    )
     truth = reference.ys[indices]
     positions = _see(system, truth)
     noise = jnp.asarray(_NOISE * rng.standard_normal(positions.shape))
@@ -235,21 +239,21 @@ class Task:
         return (seen - self.problem.positions) / _NOISE
 
     def _solve(self, parameters):
-        """The loss and the solution from Newton's default guess, a coarse solve."""
+        """The loss and the solution."""
         model = self.model(parameters)
-        sol = _solve_parallel(DEER(self.solver), model, self.problem.grid, None)
+        sol = _solve(diffeqsolve, DEER(self.solver), model, self.problem.grid)
         return jnp.mean(self._misfit(model, sol.ys) ** 2), sol
 
-    def _gradient_step(self, z, frame, guess, opt_state, level, is_parallel):
+    def _gradient_step(self, z, frame, opt_state, level, is_parallel):
         """One step of training. Returns the gradient as well, with respect to `z`."""
 
         def loss(z):
             model = self.model(frame.mean + frame.scale @ z)
             grid = self.problem.grid
             if is_parallel:
-                sol = _solve_parallel(DEER(self.solver), model, grid, guess)
+                sol = _solve(diffeqsolve, DEER(self.solver), model, grid)
             else:
-                sol = _solve_sequential(self.solver, model, grid)
+                sol = _solve(diffrax.diffeqsolve, self.solver, model, grid)
             value = jnp.mean(self._misfit(model, sol.ys) ** 2)
             return value / (2 * level), (value, sol)
 
@@ -259,13 +263,13 @@ class Task:
             update, opt_state = self.optimiser.update(gradient, opt_state)
         return z + update, opt_state, value, gradient, sol
 
-    def _information(self, parameters, guess):
+    def _information(self, parameters):
         r"""$J^\top J$ of the misfit, and the largest $\partial y_i / \partial y_0$."""
 
         def solve(parameters):
             model = self.model(parameters)
             grid = self.problem.grid
-            sol = _solve_parallel(DEER(self.solver), model, grid, guess)
+            sol = _solve(diffeqsolve, DEER(self.solver), model, grid)
             return sol.ys, self._misfit(model, sol.ys).ravel()
 
         _, push_forward = jax.linearize(solve, parameters)
@@ -298,7 +302,7 @@ def train(task: Task, num_steps: int) -> Training:
     """Fits all parameters by Adam, in coordinates made to measure."""
     mean = task.first
     loss, sol = task.solve(mean)
-    first_states, guess = sol.ys, sol.solver_state
+    first_states = sol.ys
     newton_steps = [int(sol.stats["num_newton_steps"])]
     num_fallback_steps = int(sol.stats["num_fallback_steps"])
     losses, seconds = [], []
@@ -308,7 +312,7 @@ def train(task: Task, num_steps: int) -> Training:
         for count in np.diff(ends).tolist():
             # The parameters differ a thousandfold in how much they matter. In these
             # coordinates the linearised misfit is nearly a sphere.
-            JTJ, _ = task.information(mean, guess)
+            JTJ, _ = task.information(mean)
             hessian = np.asarray(JTJ) / (num_data * loss) + task.prior_precision()
             scale = np.linalg.cholesky(np.linalg.inv(hessian))
             frame = Frame(mean, jnp.asarray(scale))
@@ -318,10 +322,9 @@ def train(task: Task, num_steps: int) -> Training:
             for _ in range(count):
                 start = time.perf_counter()
                 z, opt_state, loss, _, sol = jax.block_until_ready(
-                    task.gradient_step(z, frame, guess, opt_state, level, True)
+                    task.gradient_step(z, frame, opt_state, level, True)
                 )
                 seconds.append(time.perf_counter() - start)
-                guess = sol.solver_state
                 losses.append(float(loss))
                 newton_steps.append(int(sol.stats["num_newton_steps"]))
                 num_fallback_steps += int(sol.stats["num_fallback_steps"])
@@ -331,7 +334,7 @@ def train(task: Task, num_steps: int) -> Training:
                     raise FloatingPointError(f"the loss became {losses[-1]}")
             mean = frame.mean + frame.scale @ z
     loss, sol = task.solve(mean)
-    JTJ, sensitivity = task.information(mean, sol.solver_state)
+    JTJ, sensitivity = task.information(mean)
     covariance = np.linalg.inv(np.asarray(JTJ) + task.prior_precision())
     return Training(
         parameters=mean,
@@ -376,14 +379,11 @@ def compare(task: Task, training: Training, repeats: int = 3) -> Comparison:
     frame = Frame((task.first + training.parameters) / 2, jnp.eye(task.first.size))
     z = jnp.zeros_like(task.first)
     opt_state = task.optimiser.init(z)
-    loss, sol = task.solve(frame.mean)
-    level = jnp.ones_like(loss)
+    level = jnp.asarray(1.0, z.dtype)
 
     def gradient_step(is_parallel):
         return jax.block_until_ready(
-            task.gradient_step(
-                z, frame, sol.solver_state, opt_state, level, is_parallel
-            )
+            task.gradient_step(z, frame, opt_state, level, is_parallel)
         )
 
     _, _, loss, gradient, _ = gradient_step(True)
@@ -429,7 +429,8 @@ def residual_history(
     @eqx.filter_jit
     def newton_step(predictor):
         method = Newton(guess=predictor, newton_max_steps=1, fallback=False)
-        sol = _solve_parallel(DEER(solver, method), system, grid, None, throw=False)
+        saveat = diffrax.SaveAt(solver_state=True)
+        sol = _solve(diffeqsolve, DEER(solver, method), system, grid, saveat, False)
         return sol.solver_state.ys, sol.result == diffrax.RESULTS.successful
 
     histories = {}

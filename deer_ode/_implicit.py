@@ -39,7 +39,8 @@ def _solve_jvp(primals, tangents):
     )
     # What the forward pass used may have been cheaper; a derivative needs all of it.
     exact = method.linearisation if isinstance(method.linearisation, Dense) else Dense()
-    exact.check_size(*ys.shape, ys.dtype)
+    num_steps, state_size = ys.shape
+    exact.check_size(num_steps, state_size, ys.dtype)
     _, A = recurrence.linearise(ys, exact)
     return solution, t_solution._replace(ys=affine_solve(A, t_values))
 

@@ -1,7 +1,10 @@
 """`diffeqsolve`: Diffrax's, with the grid counted and solved in parallel."""
 
+from typing import Any
+
 import diffrax
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -101,7 +104,7 @@ def diffeqsolve(
         >>> round(float(sol.ys[0]), 4)
         0.3679
     """
-    kwargs = dict(
+    kwargs: dict[str, Any] = dict(
         saveat=saveat,
         stepsize_controller=stepsize_controller,
         event=event,

@@ -1,6 +1,7 @@
 """Flattening of states and other small helpers that know nothing of recurrences."""
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from ._custom_types import Mask, State, Trajectory, Y
 
@@ -27,10 +28,10 @@ class StateFlattener(eqx.Module):
     """
 
     _unravel: Callable[[State], Y] = eqx.field(static=True)
-    _structure: jtu.PyTreeDef = eqx.field(static=True)
+    _structure: Any = eqx.field(static=True)
     _complex: tuple[bool, ...] = eqx.field(static=True)
     size: int = eqx.field(static=True)
-    dtype: np.dtype = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
     eps: tuple[float, ...] = eqx.field(static=True)
 
     def __init__(self, y: Y):
@@ -76,9 +77,9 @@ def leading_true(mask: Mask) -> Array:
     return jnp.where(jnp.all(mask), mask.shape[0], first_false).astype(jnp.int32)
 
 
-def count_true(mask: Bool[Array, " any"]) -> Array:
-    """How many entries are true, weakly typed as Diffrax's counters are."""
-    return lax.reduce_sum(jnp.where(mask, 1, 0), axes=(0,))
+def weakly_typed(count: Int[Array, ""]) -> Int[Array, ""]:
+    """A count as Diffrax's own are, which adds to them as it pleases."""
+    return lax.convert_element_type(count, int)
 
 
 def state_at(y0: State, ys: Trajectory, count: Array) -> State:

@@ -14,10 +14,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax._integrate import State
+from diffrax._misc import linear_rescale
 
 from ._discretisation import Grid, StepMap, take_steps
 from ._implicit import solve_recurrence
-from ._misc import StateFlattener, count_true, leading_true, state_at
+from ._misc import StateFlattener, leading_true, state_at, weakly_typed
 from ._predictor import Trajectory
 from ._saving import SolvedGrid, save, set_where
 from ._solver import DEER, DEERState
@@ -27,14 +28,14 @@ def _controller_grid(controller, state: State, t1, max_steps: int | None) -> Gri
     """The steps that `controller` would make, known without solving anything."""
     is_running = (state.result == diffrax.RESULTS.successful) & (state.tprev < t1)
     if isinstance(controller, diffrax.StepTo):
-        ts = controller.ts
+        ts = jnp.asarray(controller.ts)
         num_steps = ts.shape[0] - 1
         if max_steps is not None:
             num_steps = min(num_steps, max_steps)
         # Through the state and not `ts` alone, since there Diffrax's check of the ends
         # hangs: what is not used is not checked.
         tnext = ts[1 : num_steps + 1].astype(jnp.result_type(t1)).at[0].set(state.tnext)
-        tprev = jnp.concatenate([state.tprev[None], tnext[:-1]])
+        tprev = jnp.concatenate([jnp.asarray(state.tprev)[None], tnext[:-1]])
         return Grid(tprev, tnext, jnp.broadcast_to(is_running, (num_steps,)))
     if not isinstance(controller, diffrax.ConstantStepSize):
         raise ValueError(
@@ -64,7 +65,7 @@ def _controller_grid(controller, state: State, t1, max_steps: int | None) -> Gri
     floor = jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)
     tnext = jnp.where(tnext > floor, t1, tnext)
     tnext = jnp.concatenate([jnp.minimum(state.tnext, t1)[None], tnext])[:max_steps]
-    tprev = jnp.concatenate([state.tprev[None], tnext[:-1]])[:max_steps]
+    tprev = jnp.concatenate([jnp.asarray(state.tprev)[None], tnext[:-1]])[:max_steps]
     return Grid(tprev, tnext, (tprev < t1) & is_running)
 
 
@@ -108,6 +109,26 @@ def _first_event(event, state: State, grid: Grid, ys, args, event_kwargs):
         exclusive.append(mask & ~had_event)
         had_event = had_event | mask
     return values, jtu.tree_unflatten(structure, exclusive), had_event
+
+
+def _show_progress(progress_meter, meter_state, grid: Grid, t0, t1, num_steps):
+    """Tells the meter of every step, as Diffrax's loop would."""
+    if isinstance(progress_meter, diffrax.NoProgressMeter):
+        return meter_state
+    tnext, t0, t1 = lax.stop_gradient((grid.tnext, t0, t1))
+
+    def step(carry):
+        index, meter_state = carry
+        fraction = linear_rescale(t0, tnext[index], t1)
+        return index + 1, progress_meter.step(meter_state, fraction)
+
+    _, meter_state = eqxi.while_loop(
+        lambda carry: carry[0] < num_steps,
+        step,
+        (jnp.zeros_like(num_steps), meter_state),
+        kind="lax",
+    )
+    return meter_state
 
 
 def _all_steps(
@@ -193,31 +214,33 @@ def _all_steps(
     if saveat.dense:
         made = solved.made()
         dense_fields = dict(
-            dense_ts=set_where(state.dense_ts, 1, made, grid.tnext),
+            dense_ts=set_where(jnp.asarray(state.dense_ts), 1, made, grid.tnext),
             dense_infos=jtu.tree_map(
                 lambda buffer, info: set_where(buffer, 0, made, info),
                 state.dense_infos,
                 steps.dense_info,
             ),
-            dense_save_index=count_true(made),
+            dense_save_index=weakly_typed(num_steps),
         )
-    num_made = count_true(solved.made())
+    num_made = weakly_typed(num_steps)
     tprev = at_last(grid.tnext, state.tprev)
-    fraction_done = jnp.where(t1 > t0, (tprev - t0) / jnp.where(t1 > t0, t1 - t0, 1), 1)
+    made_jump = state.made_jump
+    if not isinstance(made_jump, bool):
+        made_jump = made_jump & ~made_any  # neither controller makes jumps
     final_state = State(
         y=recurrence.flattener.unflatten(
             state_at(recurrence.y0, solution.ys, num_steps)
         ),
         tprev=tprev,
         tnext=tprev,
-        made_jump=state.made_jump,
+        made_jump=made_jump,
         solver_state=DEERState(
             lax.stop_gradient(solution.ys),
             state.solver_state.num_newton_steps + solution.num_newton_steps,
         ),
         controller_state=_controller_state(controller, state, num_made),
-        progress_meter_state=progress_meter.step(
-            state.progress_meter_state, fraction_done
+        progress_meter_state=_show_progress(
+            progress_meter, state.progress_meter_state, grid, t0, t1, num_steps
         ),
         result=result,
         num_steps=state.num_steps + num_made,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int, PyTree, Real
 
 from ._custom_types import Args, Y
 from ._discretisation import Grid
-from ._misc import count_true
+from ._misc import weakly_typed
 
 
 class SolvedGrid(eqx.Module):
@@ -46,24 +46,18 @@ class SolvedGrid(eqx.Module):
         return jax.vmap(evaluate_one)(ts, tprev, tnext, infos)
 
 
-def _where_finite(mask: Bool[Array, " n"], value: Array, buffer: Array) -> Array:
-    mask = mask.reshape(mask.shape + (1,) * (value.ndim - 1))
-    return jnp.where(
-        mask, value.astype(buffer.dtype), jnp.asarray(jnp.inf, buffer.dtype)
-    )
-
-
 def set_where(
     buffer: Array, offset: int | Array, mask: Bool[Array, " n"], value: Array
 ) -> Array:
-    """Writes `value` from `offset` on, infinity where `mask` is false, as Diffrax."""
-    return lax.dynamic_update_slice_in_dim(
-        buffer, _where_finite(mask, value, buffer), offset, axis=0
-    )
+    """Writes `value` from `offset` on, leaving what is there where `mask` is false."""
+    before = lax.dynamic_slice_in_dim(buffer, offset, value.shape[0], axis=0)
+    mask = mask.reshape(mask.shape + (1,) * (value.ndim - 1))
+    value = jnp.where(mask, value.astype(buffer.dtype), before)
+    return lax.dynamic_update_slice_in_dim(buffer, value, offset, axis=0)
 
 
-def _scatter(buffer, positions, mask, value):
-    return buffer.at[positions].set(_where_finite(mask, value, buffer), mode="drop")
+def _scatter(buffer, positions, value):
+    return buffer.at[positions].set(value.astype(buffer.dtype), mode="drop")
 
 
 def save(
@@ -73,7 +67,7 @@ def save(
 
     The value at `t0` is there already; that at `t1` is written by Diffrax afterwards.
     """
-    offset = save_state.save_index
+    offset: Any = save_state.save_index
     num_made = solved.num_steps
     tnext = solved.grid.tnext
     save_at = jax.vmap(lambda t, y: subsaveat.fn(t, y, args))
@@ -81,7 +75,7 @@ def save(
     out_size = save_state.ts.shape[0]
     # One (positions, mask, times, values) for each kind of save.
     saves = []
-    num_saved = num_reached = 0
+    num_saved = num_reached = jnp.asarray(0, jnp.int32)
     if ts is not None:
         index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
         last = jnp.where(num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf)
@@ -90,7 +84,7 @@ def save(
         index = jnp.where(reached, index, 0)
         times = jnp.where(reached, ts, solved.grid.tprev[0])
         values = save_at(times, solved.evaluate(times, index))
-        num_saved = num_reached = count_true(reached)
+        num_saved = num_reached = jnp.sum(reached, dtype=jnp.int32)
         positions = jnp.arange(len(ts), dtype=jnp.int32) + index // max(every, 1)
         where = jnp.where(reached, offset + positions, out_size)
         saves.append((where, reached, times, values))
@@ -99,7 +93,7 @@ def save(
         times = tnext[every - 1 :: every]
         ys = jtu.tree_map(lambda y: y[every - 1 :: every], solved.ys)
         values = save_at(times, ys)
-        num_saved = num_saved + count_true(made)
+        num_saved = num_saved + jnp.sum(made, dtype=jnp.int32)
         positions = jnp.arange(times.shape[0], dtype=jnp.int32)
         if ts is not None:
             positions += jnp.searchsorted(ts, times, side="right").astype(jnp.int32)
@@ -110,12 +104,12 @@ def save(
         if len(saves) == 1:
             write = ft.partial(set_where, offset=offset, mask=mask)
         else:  # saves of two kinds, interleaved by time
-            write = ft.partial(_scatter, positions=where, mask=mask)
+            write = ft.partial(_scatter, positions=where)
         out_ts = write(out_ts, value=times)
         out_ys = jtu.tree_map(lambda out, v, w=write: w(out, value=v), out_ys, values)
     return SaveState(
-        saveat_ts_index=save_state.saveat_ts_index + num_reached,
+        saveat_ts_index=save_state.saveat_ts_index + weakly_typed(num_reached),
         ts=out_ts,
         ys=out_ys,
-        save_index=offset + num_saved,
+        save_index=offset + weakly_typed(num_saved),
     )

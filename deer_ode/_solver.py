@@ -187,15 +187,18 @@ class DEER(diffrax.AbstractWrappedSolver):
                 "num_substeps=...)`: its gradients are exact."
             )
         fraction = jnp.linspace(0, 1, self.num_substeps + 1, dtype=jnp.result_type(t1))
-        ts = (t0 + fraction * (t1 - t0)).at[-1].set(t1)
+        ts = jnp.asarray(t0 + fraction * (t1 - t0)).at[-1].set(t1)
         grid = Grid.from_points(ts)
         recurrence = StepMap(self.solver, terms, grid, y0, args)
         solution = solve_recurrence(recurrence, self.method)
         y1 = recurrence.flattener.unflatten(solution.ys[-1])
         steps = take_steps(self.solver, terms, grid, y0, solution.ys, args)
-        result = diffrax.RESULTS.promote(
-            self.method.result(solution, self.num_substeps)
-        )
+        # Promoting would make it traced, where with a sequential finish it is known.
+        result = self.method.result(solution, self.num_substeps)
+        if result.is_traced():
+            result = diffrax.RESULTS.promote(result)
+        else:
+            result = diffrax.RESULTS.successful
         if steps.result is not None:
             failed = steps.result != diffrax.RESULTS.successful
             first = jnp.argmax(failed)

@@ -1,5 +1,7 @@
 """One step of an explicit Runge--Kutta method, its stages written out."""
 
+from typing import Any
+
 import diffrax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -23,8 +25,20 @@ def _add(y, increment):
     return jtu.tree_map(lambda a, b: a + b, y, increment)
 
 
+def is_explicit_rk(solver: diffrax.AbstractSolver) -> bool:
+    """Whether `explicit_rk_step` is the step of `solver`.
+
+    By its class and not by `isinstance`, which wrapped solvers pass as well.
+    """
+    return (
+        issubclass(type(solver), diffrax.AbstractERK)
+        and isinstance(solver.tableau, diffrax.ButcherTableau)  # pyright: ignore
+        and type(solver).step is diffrax.AbstractRungeKutta.step
+    )
+
+
 def explicit_rk_step(
-    solver: diffrax.AbstractERK, terms, t0, t1, y0: Y, args: Args
+    solver: Any, terms, t0, t1, y0: Y, args: Args
 ) -> tuple[Y, Y, dict]:
     r"""The same step as `solver.step`, and its error estimate and dense information.
 
@@ -33,6 +47,7 @@ def explicit_rk_step(
     become one fused kernel over the grid; forward mode goes through them as well.
     """
     tableau = solver.tableau
+    assert isinstance(tableau, diffrax.ButcherTableau)
     control = terms.contr(t0, t1)
     dt = t1 - t0
     ks = []

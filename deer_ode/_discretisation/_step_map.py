@@ -13,13 +13,14 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from equinox import _errors as _equinox_errors
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._recurrence import AbstractMapRecurrence
 from ._base import Grid
-from ._explicit_rk import explicit_rk_step
+from ._explicit_rk import explicit_rk_step, is_explicit_rk
 
 
 # These keep a state between steps, but compute the same from nothing when told that
@@ -31,36 +32,44 @@ _RESTARTABLE = (
 )
 
 
+def _wrapped_solver(solver) -> diffrax.AbstractSolver | None:
+    """The solver inside `HalfSolver` and its like."""
+    inner = getattr(solver, "solver", None)
+    return inner if isinstance(inner, diffrax.AbstractSolver) else None
+
+
 def check_one_step(solver: diffrax.AbstractSolver) -> None:
     """Refuses the solvers whose steps depend on more than the state before them."""
-    if isinstance(solver, diffrax.LeapfrogMidpoint | diffrax.ReversibleHeun):
-        name = type(solver).__name__
+    inner = _wrapped_solver(solver)
+    if inner is not None:
+        check_one_step(inner)
+    elif isinstance(solver, diffrax.LeapfrogMidpoint | diffrax.ReversibleHeun):
         raise ValueError(
-            f"`{name}` carries memory from step to step, so its steps cannot be solved "
-            "for in parallel: taken as a one-step method it gives wrong answers. Use a "
-            "one-step solver, for example `diffrax.Midpoint()` or `diffrax.Heun()`."
+            f"`{type(solver).__name__}` carries memory from step to step, so its steps "
+            "cannot be solved for in parallel: taken as a one-step method it gives "
+            "wrong answers. Use a one-step solver, for example `diffrax.Midpoint()` or "
+            "`diffrax.Heun()`."
         )
-    if isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
-        check_one_step(solver.solver)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _check_stateless(solver, state) -> None:
-    base = solver
-    while isinstance(getattr(base, "solver", None), diffrax.AbstractSolver):
-        base = base.solver  # pyright: ignore[reportAttributeAccessIssue]
-    if isinstance(base, _RESTARTABLE) or len(jtu.tree_leaves(state)) == 0:
-        return
-    raise ValueError(
-        f"`{type(base).__name__}` has a solver state, and is not known to restart from "
-        "none: if its steps depend on more than the state before them they cannot be "
-        "solved for in parallel. Use one of Diffrax's one-step solvers."
-    )
+    inner = _wrapped_solver(solver)
+    if inner is not None:
+        _check_stateless(inner, state)
+    elif not isinstance(solver, _RESTARTABLE) and len(jtu.tree_leaves(state)) > 0:
+        raise ValueError(
+            f"`{type(solver).__name__}` has a solver state, and is not known to "
+            "restart from none: if its steps depend on more than the state before them "
+            "they cannot be solved for in parallel. Use one of Diffrax's one-step "
+            "solvers."
+        )
 
 
 def _with_differentiable_loops(solver):
     """Diffrax's default stage loops have no forward mode; these have both."""
-    if isinstance(getattr(solver, "solver", None), diffrax.AbstractSolver):
-        inner = _with_differentiable_loops(solver.solver)
+    inner = _wrapped_solver(solver)
+    if inner is not None:
+        inner = _with_differentiable_loops(inner)
         return eqx.tree_at(lambda s: s.solver, solver, inner)
     if isinstance(solver, diffrax.AbstractRungeKutta):
         kind = "bounded"
@@ -69,6 +78,9 @@ def _with_differentiable_loops(solver):
     else:
         return solver
     return eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
+
+
+_SETTING = "EQX_ON_ERROR"
 
 
 @contextlib.contextmanager
@@ -82,23 +94,20 @@ def errors_as_nan():
     This is `EQX_ON_ERROR=nan` for the steps of a solve. Equinox has no public way to
     say it for a part of a program; a setting other than its default is respected.
     """
-    before = eqx._errors.EQX_ON_ERROR
+    before = getattr(_equinox_errors, _SETTING)
     if before == "raise":
-        eqx._errors.EQX_ON_ERROR = "nan"
+        setattr(_equinox_errors, _SETTING, "nan")
     try:
         yield
     finally:
-        eqx._errors.EQX_ON_ERROR = before
+        setattr(_equinox_errors, _SETTING, before)
 
 
 def one_step(solver: diffrax.AbstractSolver, terms, t0, t1, y0: Y, args: Args):
     """One step from rest: `(y1, y_error, dense_info, result)`."""
-    if isinstance(solver, diffrax.AbstractERK) and type(solver) is not (
-        diffrax.HalfSolver
-    ):
-        return *explicit_rk_step(solver, terms, t0, t1, y0, args), (
-            diffrax.RESULTS.successful
-        )
+    if is_explicit_rk(solver):
+        y1, y_error, dense_info = explicit_rk_step(solver, terms, t0, t1, y0, args)
+        return y1, y_error, dense_info, diffrax.RESULTS.successful
     solver = _with_differentiable_loops(solver)
     state = solver.init(terms, t0, t1, y0, args)
     _check_stateless(solver, state)
