@@ -1,6 +1,6 @@
 """Differential equations and recurrences, solved in parallel over time (DEER)."""
 
-from importlib.metadata import PackageNotFoundError, version
+import importlib.metadata as _metadata
 
 from ._affine import affine_scan as affine_scan
 from ._integrate import diffeqsolve as diffeqsolve
@@ -21,6 +21,6 @@ from ._solver import DEER as DEER
 
 
 try:
-    __version__ = version("deer_ode")
-except PackageNotFoundError:  # run from the source tree
+    __version__ = _metadata.version("deer_ode")
+except _metadata.PackageNotFoundError:  # run from the source tree
     __version__ = "0+unknown"

@@ -299,7 +299,7 @@ class Training(NamedTuple):
 
 
 def train(task: Task, num_steps: int) -> Training:
-    """Fits all parameters by Adam, in coordinates made to measure."""
+    """Fits all parameters by momentum, in coordinates made to measure."""
     mean = task.first
     loss, sol = task.solve(mean)
     first_states = sol.ys

@@ -65,6 +65,7 @@ def diffeqsolve(
     solver_state: PyTree[ArrayLike] | None = None,
     controller_state: PyTree[ArrayLike] | None = None,
     made_jump=None,
+    discrete_terminating_event=None,
 ) -> diffrax.Solution:
     r"""Solves a differential equation, all time steps in parallel.
 
@@ -113,6 +114,7 @@ def diffeqsolve(
         solver_state=solver_state,
         controller_state=controller_state,
         made_jump=made_jump,
+        discrete_terminating_event=discrete_terminating_event,
     )
     is_parallel = (
         type(solver) is DEER

@@ -80,7 +80,8 @@ class Diagonal(AbstractLinearisation):
 
     Exact, and as fast as `Dense`, where the step acts on each component by itself;
     otherwise it converges linearly where the dropped terms are small and slowly or not
-    at all where they are not. Takes `steps * state` numbers of memory.
+    at all where they are not. Keeps `steps * state` numbers; derivatives of the
+    solution need the dense Jacobians all the same.
 
     ??? cite "Reference"
 

@@ -10,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from ._custom_types import Mask, State, Trajectory, Y
 
@@ -77,9 +77,9 @@ def leading_true(mask: Mask) -> Array:
     return jnp.where(jnp.all(mask), mask.shape[0], first_false).astype(jnp.int32)
 
 
-def weakly_typed(count: Int[Array, ""]) -> Int[Array, ""]:
-    """A count as Diffrax's own are, which adds to them as it pleases."""
-    return lax.convert_element_type(count, int)
+def count_true(mask: Mask) -> Array:
+    """How many entries are true, weakly typed as Diffrax's own counters are."""
+    return lax.reduce_sum(jnp.where(mask, 1, 0), axes=(0,))
 
 
 def state_at(y0: State, ys: Trajectory, count: Array) -> State:

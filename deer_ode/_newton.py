@@ -29,9 +29,10 @@ from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractRecurrence
 
 
-# Rounding of one step, in units of `eps * (|y| + |A| |y_previous|)`, stays below about
-# 10 for all base solvers of Diffrax; 64 is safely above it, and the correction that is
-# still applied after acceptance removes what this leaves.
+# Rounding of one step, in units of `eps * (|y| + |A| |y_previous|)`, was at most 25 on
+# the published reference problems (and below 5 on most), in both precisions. 64 is
+# above it, and the correction that is still applied after acceptance removes what this
+# leaves.
 _ROUNDING_UNITS = 64
 
 

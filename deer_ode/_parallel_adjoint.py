@@ -16,9 +16,15 @@ import jax.tree_util as jtu
 from diffrax._integrate import State
 from diffrax._misc import linear_rescale
 
-from ._discretisation import Grid, StepMap, take_steps
+from ._discretisation import (
+    Grid,
+    StepMap,
+    interpolate_step,
+    take_steps,
+    tracing_steps,
+)
 from ._implicit import solve_recurrence
-from ._misc import StateFlattener, leading_true, state_at, weakly_typed
+from ._misc import StateFlattener, count_true, leading_true, state_at
 from ._predictor import Trajectory
 from ._saving import SolvedGrid, save, set_where
 from ._solver import DEER, DEERState
@@ -50,6 +56,8 @@ def _controller_grid(controller, state: State, t1, max_steps: int | None) -> Gri
             "`max_steps=...` (the number of steps is best), or use "
             "`deer_ode.diffeqsolve`, which counts them."
         )
+    if max_steps < 1:
+        raise ValueError(f"`max_steps` must be at least 1; got {max_steps}.")
     # The rule of Diffrax's controller: the first step is `dt0` long, the others divide
     # the interval evenly; without an end all are `dt0` long.
     num_before, num_total, t_start, t_end = state.controller_state
@@ -202,14 +210,20 @@ def _all_steps(
             event_mask=at_last(masks, state.event_mask),
         )
     solved = SolvedGrid(
-        grid, num_steps, ys, steps.dense_info, solver.solver.interpolation_cls
+        grid,
+        num_steps,
+        state.y,
+        ys,
+        lambda t0, t1, y, t: interpolate_step(solver.solver, terms, t0, t1, y, args, t),
     )
-    save_state = jtu.tree_map(
-        lambda sub, saved: save(sub, saved, solved, args),
-        saveat.subs,
-        state.save_state,
-        is_leaf=lambda x: isinstance(x, diffrax.SubSaveAt),
-    )
+    with tracing_steps():
+        save_state = jtu.tree_map(
+            lambda sub, saved: save(sub, saved, solved, args),
+            saveat.subs,
+            state.save_state,
+            is_leaf=lambda x: isinstance(x, diffrax.SubSaveAt),
+        )
+    num_made = count_true(solved.made())
     dense_fields = {}
     if saveat.dense:
         made = solved.made()
@@ -220,9 +234,8 @@ def _all_steps(
                 state.dense_infos,
                 steps.dense_info,
             ),
-            dense_save_index=weakly_typed(num_steps),
+            dense_save_index=num_made,
         )
-    num_made = weakly_typed(num_steps)
     tprev = at_last(grid.tnext, state.tprev)
     made_jump = state.made_jump
     if not isinstance(made_jump, bool):
@@ -253,9 +266,9 @@ def _all_steps(
     stats = dict(
         num_newton_steps=solution.num_newton_steps,
         newton_residual=lax.stop_gradient(solution.residual),
-        # Padding counts for nothing.
+        # Neither padding nor what comes after an event counts.
         num_fallback_steps=jnp.maximum(
-            solution.num_fallback_steps - (grid.num_steps - num_wanted), 0
+            num_steps - (grid.num_steps - solution.num_fallback_steps), 0
         ),
     )
     return final_state, stats
@@ -278,7 +291,8 @@ class ParallelAdjoint(diffrax.AbstractAdjoint):
     that Diffrax's `Solution` has. Its `stats` also hold
 
     - `num_newton_steps`: iterations of Newton's method over the whole interval;
-    - `newton_residual`: the largest residual left over, in units of the state;
+    - `newton_residual`: the largest residual of the converged steps, in units of the
+        state, before the last correction;
     - `num_fallback_steps`: how many steps were finished sequentially.
 
     The steps must be known beforehand: `ConstantStepSize()` or `StepTo(ts)`. With the

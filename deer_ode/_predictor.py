@@ -73,7 +73,8 @@ class Trajectory(AbstractPredictor):
                 raise ValueError(
                     "The guessed trajectory must hold the state after each of the "
                     f"{num_steps} steps of the grid; got a leaf of shape {leaf.shape}. "
-                    "A trajectory of another grid must be interpolated first."
+                    "One of another grid must be interpolated first "
+                    "(`Newton(guess=Trajectory(ys))`), or left out (`solver_state=`)."
                 )
         ys = recurrence.flatten(self.ys)
         if ys.shape != (num_steps, *recurrence.y0.shape):

@@ -11,39 +11,43 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax._integrate import SaveState
-from jaxtyping import Array, Bool, Int, PyTree, Real
+from jaxtyping import Array, Bool, Int, Real
 
 from ._custom_types import Args, Y
 from ._discretisation import Grid
-from ._misc import weakly_typed
+from ._misc import count_true
 
 
 class SolvedGrid(eqx.Module):
     """A grid with its solution, of which the first `num_steps` steps were made.
 
-    `ys` and `infos` are pytrees of arrays with a leading axis of steps.
+    `ys` is a pytree of arrays with a leading axis of steps.
     """
 
     grid: Grid
     num_steps: Int[Array, ""]
+    y0: Y
     ys: Y
-    infos: PyTree[Array]
-    interpolation_cls: Callable[..., Any] = eqx.field(static=True)
+    interpolate: Callable[..., Y] = eqx.field(static=True)
+    """`(t0, t1, y, t)` to the solution at `t`, in the step from `t0` to `t1`."""
 
     def made(self) -> Bool[Array, " steps"]:
         steps = jnp.arange(self.grid.num_steps, dtype=jnp.int32)
         return steps < self.num_steps
 
     def evaluate(self, ts: Real[Array, " times"], index: Int[Array, " times"]) -> Y:
-        """The interpolated solution at `ts`, which lie in the steps `index`."""
+        """The interpolated solution at `ts`, which lie in the steps `index`.
 
-        def evaluate_one(t, tprev, tnext, info):
-            return self.interpolation_cls(t0=tprev, t1=tnext, **info).evaluate(t)
-
-        tprev, tnext, infos = jtu.tree_map(
-            lambda x: x[index], (self.grid.tprev, self.grid.tnext, self.infos)
+        Takes each of these steps again, which is less work than to keep what the
+        interpolation needs of all steps.
+        """
+        before = jtu.tree_map(
+            lambda y0, ys: jnp.concatenate([y0[None], ys[:-1]]), self.y0, self.ys
         )
-        return jax.vmap(evaluate_one)(ts, tprev, tnext, infos)
+        tprev, tnext, start = jtu.tree_map(
+            lambda x: x[index], (self.grid.tprev, self.grid.tnext, before)
+        )
+        return jax.vmap(self.interpolate)(tprev, tnext, start, ts)
 
 
 def set_where(
@@ -75,7 +79,7 @@ def save(
     out_size = save_state.ts.shape[0]
     # One (positions, mask, times, values) for each kind of save.
     saves = []
-    num_saved = num_reached = jnp.asarray(0, jnp.int32)
+    num_saved = num_reached = 0
     if ts is not None:
         index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
         last = jnp.where(num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf)
@@ -84,7 +88,7 @@ def save(
         index = jnp.where(reached, index, 0)
         times = jnp.where(reached, ts, solved.grid.tprev[0])
         values = save_at(times, solved.evaluate(times, index))
-        num_saved = num_reached = jnp.sum(reached, dtype=jnp.int32)
+        num_saved = num_reached = count_true(reached)
         positions = jnp.arange(len(ts), dtype=jnp.int32) + index // max(every, 1)
         where = jnp.where(reached, offset + positions, out_size)
         saves.append((where, reached, times, values))
@@ -93,7 +97,7 @@ def save(
         times = tnext[every - 1 :: every]
         ys = jtu.tree_map(lambda y: y[every - 1 :: every], solved.ys)
         values = save_at(times, ys)
-        num_saved = num_saved + jnp.sum(made, dtype=jnp.int32)
+        num_saved = num_saved + count_true(made)
         positions = jnp.arange(times.shape[0], dtype=jnp.int32)
         if ts is not None:
             positions += jnp.searchsorted(ts, times, side="right").astype(jnp.int32)
@@ -108,8 +112,8 @@ def save(
         out_ts = write(out_ts, value=times)
         out_ys = jtu.tree_map(lambda out, v, w=write: w(out, value=v), out_ys, values)
     return SaveState(
-        saveat_ts_index=save_state.saveat_ts_index + weakly_typed(num_reached),
+        saveat_ts_index=save_state.saveat_ts_index + num_reached,
         ts=out_ts,
         ys=out_ys,
-        save_index=offset + weakly_typed(num_saved),
+        save_index=offset + num_saved,
     )

@@ -274,7 +274,9 @@ STATES = {
         lambda t, y, a: {"x": -a * y["v"][0], "v": (jnp.sin(y["x"]), y["v"][1] * t)},
         {"x": jnp.ones((2, 1)), "v": (jnp.zeros((2, 1)), jnp.ones(3))},
     ),
-    "complex": (lambda t, y, a: 1j * a * y * jnp.conj(y) - y, jnp.array([1 + 0.5j, 2j])),
+    "complex": (
+        lambda t, y, a: 1j * a * y * jnp.conj(y) - y, jnp.array([1 + 0.5j, 2j])
+    ),
     "mixed precision": (
         lambda t, y, a: (
             -y[0] * a, (-y[1] + y[0].astype(jnp.complex128)[0]) * a.astype(complex)

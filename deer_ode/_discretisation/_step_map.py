@@ -103,6 +103,13 @@ def errors_as_nan():
         setattr(_equinox_errors, _SETTING, before)
 
 
+@contextlib.contextmanager
+def tracing_steps():
+    """How the steps of a parallel solve are traced: full precision, no aborts."""
+    with jax.default_matmul_precision("highest"), errors_as_nan():
+        yield
+
+
 def one_step(solver: diffrax.AbstractSolver, terms, t0, t1, y0: Y, args: Args):
     """One step from rest: `(y1, y_error, dense_info, result)`."""
     if is_explicit_rk(solver):
@@ -115,6 +122,12 @@ def one_step(solver: diffrax.AbstractSolver, terms, t0, t1, y0: Y, args: Args):
         terms, t0, t1, y0, args, state, made_jump=True
     )
     return y1, y_error, dense_info, result
+
+
+def interpolate_step(solver, terms, t0, t1, y0: Y, args: Args, t) -> Y:
+    """The solution at `t` within the step from `t0` to `t1`, as the solver has it."""
+    _, _, dense_info, _ = one_step(solver, terms, t0, t1, y0, args)
+    return solver.interpolation_cls(t0=t0, t1=t1, **dense_info).evaluate(t)
 
 
 class StepMap(AbstractMapRecurrence):
@@ -145,14 +158,14 @@ class StepMap(AbstractMapRecurrence):
             return select(flattener.flatten(y1), y)
 
         def interpolate(y, t0, t1, t):
-            start = flattener.unflatten(y)
-            _, _, dense_info, _ = one_step(solver, terms, t0, t1, start, args)
-            local = solver.interpolation_cls(t0=t0, t1=t1, **dense_info)
-            return flattener.flatten(local.evaluate(t))
+            y = flattener.unflatten(y)
+            return flattener.flatten(
+                interpolate_step(solver, terms, t0, t1, y, args, t)
+            )
 
         # Whatever the vector field closes over becomes a leaf of this recurrence, so
         # that derivatives reach it. The precision holds for all products traced here.
-        with jax.default_matmul_precision("highest"), errors_as_nan():
+        with tracing_steps():
             self.f = eqx.filter_closure_convert(step, flat_y0, first)
             self.interpolate = eqx.filter_closure_convert(
                 interpolate, flat_y0, first.tprev, first.tnext, first.tnext
@@ -169,11 +182,11 @@ class StepMap(AbstractMapRecurrence):
 
     # Rules of derivatives are traced where they are used: errors in them as well.
     def evaluate(self, ys):
-        with errors_as_nan():
+        with tracing_steps():
             return super().evaluate(ys)
 
     def linearise(self, ys, linearisation):
-        with errors_as_nan():
+        with tracing_steps():
             return super().linearise(ys, linearisation)
 
     def coarse_trajectory(self, every):

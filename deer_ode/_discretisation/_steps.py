@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 from .._custom_types import Args, Trajectory, Y
 from .._misc import StateFlattener, previous_states
 from ._base import Grid
-from ._step_map import errors_as_nan, one_step
+from ._step_map import one_step, tracing_steps
 
 
 class Steps(NamedTuple):
@@ -44,5 +44,5 @@ def take_steps(
         can_fail = result.is_traced()
         return Steps(y_error, dense_info, result if can_fail else None)
 
-    with jax.default_matmul_precision("highest"), errors_as_nan():
+    with tracing_steps():
         return jax.vmap(take)(previous_states(flat_y0, ys), grid)

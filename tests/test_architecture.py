@@ -1,0 +1,341 @@
+"""Rules of `docs/architecture.md` and `CONTRIBUTING.md` that can be checked."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import re
+
+import pytest
+
+import deer_ode
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "deer_ode"
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+"""All source files by module name: `_newton`, `_discretisation._base`, `__init__`."""
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+MAX_LINES = 600
+
+#: Private modules of other libraries, by the modules that rest on them. Each is a
+#: reason for care when that library moves; none is added lightly.
+PRIVATE = {
+    "_discretisation._step_map": {"equinox._errors"},
+    "_parallel_adjoint": {"diffrax._integrate", "diffrax._misc"},
+    "_saving": {"diffrax._integrate"},
+    "_solver": {"diffrax._term"},
+}
+
+
+def test_source_files_were_found():
+    assert {"__init__", "_newton", "_solver", "_discretisation._base"} <= set(FILES)
+    assert len(FILES) >= 20
+    assert pathlib.Path(inspect.getfile(deer_ode)).name == "__init__.py"
+
+
+# --- layers -------------------------------------------------------------------------
+
+
+def rows() -> list[list[str]]:
+    """The rows of the picture in the documentation, from bottom to top."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    pictures = re.findall(r"```text\n(.*?)```", text, flags=re.DOTALL)
+    assert len(pictures) == 1
+    out = []
+    for line in pictures[0].splitlines():
+        folder = re.search(r"(_\w+)/ \((.*)\)", line)
+        if folder is None:
+            out.append(re.findall(r"\b_\w+", line))
+        else:
+            out.append([f"{folder[1]}.{name}" for name in folder[2].split()])
+    return out[::-1]
+
+
+def imports(name: str) -> list[str]:
+    """The modules of the package that module `name` imports, by name as in `FILES`."""
+    out = []
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            full = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            full = [node.module]
+        elif isinstance(node, ast.ImportFrom):
+            package = ["deer_ode", *name.split(".")][: -node.level]
+            module = node.module.split(".") if node.module else []
+            base = ".".join(package + module)
+            # `from . import x` imports the module `x`, if there is one of that name.
+            full = [
+                f"{base}.{alias.name}" if find(f"{base}.{alias.name}") else base
+                for alias in node.names
+            ]
+        else:
+            continue
+        for module in full:
+            if module.split(".")[0] == "deer_ode":
+                found = find(module)
+                assert found is not None, f"{name} imports {module}, which is no file"
+                out.append(found)
+    return out
+
+
+def find(full_name: str) -> str | None:
+    """`deer_ode._newton` as in `FILES`; a package is its `__init__`."""
+    name = full_name.removeprefix("deer_ode").removeprefix(".")
+    package = f"{name}.__init__" if name else "__init__"
+    return name if name in FILES else package if package in FILES else None
+
+
+def places() -> dict[str, tuple[int, int]]:
+    """Row and column of every module in the picture."""
+    return {name: (i, j) for i, row in enumerate(rows()) for j, name in enumerate(row)}
+
+
+def test_the_picture_holds_every_module_once():
+    named = [name for row in rows() for name in row]
+    # What only passes names on stands for all that it passes on.
+    facades = {name for name in FILES if name.split(".")[-1] == "__init__"}
+    assert facades == {"__init__", "_discretisation.__init__"}
+    assert sorted(named) == sorted(set(FILES) - facades)
+    assert len(rows()) >= 10
+
+
+def test_modules_import_only_from_beneath():
+    place = places()
+    # From outside, a folder is where the last of its modules is.
+    for name in FILES:
+        folder, _, last = name.rpartition(".")
+        if folder and last == "__init__":
+            place[name] = max(p for m, p in place.items() if m.startswith(f"{folder}."))
+    checked = 0
+    for name in place:
+        if name.endswith("__init__"):
+            continue
+        for imported in imports(name):
+            assert imported != "__init__", f"{name} imports the package itself"
+            assert place[imported] < place[name], (
+                f"`{name}` imports `{imported}`, which is not beneath it in the "
+                "picture of docs/architecture.md"
+            )
+            checked += 1
+    assert checked >= 40
+    # What is parsed is what Python imports.
+    assert "_newton" in imports("_implicit")
+    assert "_recurrence" in imports("_discretisation._step_map")
+    assert "_discretisation.__init__" in imports("_solver")
+    assert "_demo" in imports("__main__")
+
+
+def test_facades_only_pass_names_on():
+    for name in ("__init__", "_discretisation.__init__"):
+        passed_on = 0
+        for node in ast.walk(TREES[name]):
+            if isinstance(node, ast.ImportFrom) and node.level > 0:
+                for alias in node.names:
+                    assert alias.asname == alias.name, f"{name}: use `X as X`"
+                    passed_on += 1
+            assert not isinstance(node, ast.ClassDef | ast.FunctionDef)
+        assert passed_on >= 5
+
+
+def test_engine_knows_nothing_of_diffrax():
+    names = [row for row in rows() if row[0].startswith("_discretisation.")]
+    (first,) = (rows().index(row) for row in names)
+    engine = [name for row in rows()[:first] for name in row]
+    assert "_newton" in engine and "_implicit" in engine
+    for name in engine:
+        assert "diffrax" not in {module.split(".")[0] for module in foreign(name)}
+    assert "diffrax" in foreign("_discretisation._step_map")
+
+
+# --- other libraries ----------------------------------------------------------------
+
+
+def foreign(name: str) -> set[str]:
+    """Modules of other packages that are imported, `a.b` for `from a import b` too."""
+    out = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            out |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            out.add(node.module)
+            out |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {module for module in out if module.split(".")[0] != "deer_ode"}
+
+
+def test_no_private_jax():
+    for name, path in FILES.items():
+        assert not any(m.startswith(("jax._", "jaxlib")) for m in foreign(name)), name
+        # Not by way of attributes either.
+        assert "jax._src" not in path.read_text(), name
+    assert "jax.numpy" in foreign("_newton")
+
+
+def test_private_modules_of_other_libraries_are_known():
+    private = {}
+    for name in FILES:
+        used = {
+            ".".join(module.split(".")[:2])
+            for module in foreign(name)
+            if any(re.match(r"_[a-z]", part) for part in module.split(".")[1:])
+        }
+        if used - {"__future__"}:
+            private[name] = used
+    assert private == PRIVATE
+    for module in set().union(*PRIVATE.values()):
+        importlib.import_module(module)
+
+
+def test_equinox_setting_is_where_it_was():
+    """`errors_as_nan` sets it, and would do nothing if it were elsewhere."""
+    from equinox import _errors
+
+    assert _errors.EQX_ON_ERROR in ("raise", "nan", "breakpoint", "off")
+    assert "EQX_ON_ERROR" in inspect.getsource(_errors.branched_error_if_impl)
+
+
+# --- classes ------------------------------------------------------------------------
+
+
+def classes() -> dict[str, type]:
+    """All classes that the package defines, by module and name."""
+    out = {}
+    for name, tree in TREES.items():
+        module = importlib.import_module(f"deer_ode.{name}".removesuffix(".__init__"))
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                out[f"{name}.{node.name}"] = getattr(module, node.name)
+    return out
+
+
+def test_classes_are_abstract_or_final():
+    found = classes()
+    assert {"_newton.Newton", "_solver.DEER", "_recurrence.AbstractRecurrence"} <= set(
+        found
+    )
+    own = set(found.values())
+    assert len(own) == len(found) >= 20
+    num_abstract_parents = 0
+    for name, cls in found.items():
+        for parent in cls.__mro__[1:]:
+            if parent in own:
+                assert parent.__name__.startswith("Abstract"), (
+                    f"`{name}` is a subclass of `{parent.__name__}`, which is final"
+                )
+                num_abstract_parents += 1
+    # Dense, Diagonal, three predictors, and the recurrences.
+    assert num_abstract_parents >= 7
+
+
+def test_classes_of_other_libraries_are_extended_where_they_are_abstract():
+    """Of Diffrax's classes, too, only the abstract ones are subclassed."""
+    parents = {
+        parent
+        for cls in classes().values()
+        for parent in cls.__bases__
+        if parent.__module__.split(".")[0] == "diffrax"
+    }
+    assert len(parents) >= 3
+    for parent in parents:
+        assert parent.__name__.startswith("Abstract"), parent
+
+
+def is_abstract(cls: type) -> bool:
+    variables = (
+        getattr(cls, "__abstractvars__", ()),
+        getattr(cls, "__abstractclassvars__", ()),
+    )
+    return inspect.isabstract(cls) or any(len(v) > 0 for v in variables)
+
+
+def test_names_say_what_is_abstract():
+    for name, cls in classes().items():
+        assert is_abstract(cls) == cls.__name__.startswith("Abstract"), name
+
+
+def test_abstract_classes_are_not_instantiated():
+    abstract = {cls.__name__: cls for cls in classes().values() if is_abstract(cls)}
+    assert len(abstract) >= 4
+    for cls in abstract.values():
+        with pytest.raises(TypeError, match="(?i)abstract"):
+            cls()
+    calls = [
+        node.func
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
+    assert len(calls) > 100
+    for func in calls:
+        called = func.attr if isinstance(func, ast.Attribute) else None
+        called = func.id if isinstance(func, ast.Name) else called
+        assert called not in abstract, f"`{called}` is called"
+
+
+# --- documentation ------------------------------------------------------------------
+
+
+def public_names() -> set[str]:
+    """What `__init__` passes on by `X as X`."""
+    return {
+        alias.name
+        for node in ast.walk(TREES["__init__"])
+        if isinstance(node, ast.ImportFrom) and node.level > 0
+        for alias in node.names
+    }
+
+
+def test_every_public_name_is_documented():
+    names = public_names()
+    assert {"DEER", "Newton", "diffeqsolve", "affine_scan"} <= names
+    api = (ROOT / "docs" / "api.md").read_text()
+    entries = re.findall(r"^::: deer_ode\.(\w+)$", api, flags=re.MULTILINE)
+    assert sorted(entries) == sorted(names)
+    for name in names:
+        item = getattr(deer_ode, name)
+        # Its own, and not that of a parent, or what a dataclass makes up.
+        doc = vars(item)["__doc__"] if inspect.isclass(item) else item.__doc__
+        assert doc is not None and doc.strip(), name
+        assert not doc.startswith(f"{name}("), name
+
+
+def test_every_field_of_a_public_class_is_documented():
+    num_fields = 0
+    for name in public_names():
+        item = getattr(deer_ode, name)
+        if not inspect.isclass(item) or is_abstract(item):
+            continue
+        for field in vars(item).get("__annotations__", {}):
+            assert f"`{field}`" in (item.__init__.__doc__ or ""), f"{name}.{field}"
+            num_fields += 1
+    assert num_fields >= 10
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1].split("\n\n")[0]
+    pages = re.findall(r": (\S+\.md)$", nav, flags=re.MULTILINE)
+    there = [path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")]
+    assert len(there) >= 7
+    assert sorted(pages) == sorted(map(str, there))
+
+
+def test_readme_names_a_test_command():
+    readme = (ROOT / "README.md").read_text()
+    start, end = "<!-- test-command -->", "<!-- /test-command -->"
+    lines = readme.splitlines()
+    assert lines.count(start) == lines.count(end) == 1
+    block = lines[lines.index(start) + 1 : lines.index(end)]
+    commands = [line for line in block if line.strip() and not line.startswith("```")]
+    assert len(commands) == 1
+    assert "pip install" in commands[0] and "python -m pytest" in commands[0]
+
+
+def test_files_are_short():
+    lengths = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    assert sum(lengths.values()) > 1000
+    too_long = {name: n for name, n in lengths.items() if n > MAX_LINES}
+    assert not too_long, f"past {MAX_LINES} lines, look for a seam: {too_long}"
