@@ -20,11 +20,13 @@ CPU_FLAG = (
 def _parse(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, to try it")
-    parser.add_argument("--repeats", type=int, default=11, help="timed runs of each")
+    parser.add_argument("--repeats", type=int, help="timed runs of each (11)")
     parser.add_argument("--steps", type=int, nargs="+", help="numbers of time steps")
     parser.add_argument("--out", type=pathlib.Path, help="write the results as JSON")
     parser.add_argument("--one-flag", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.repeats is None:
+        options.repeats = 3 if options.quick else 11
     if options.repeats < 1 or any(n < 1 for n in options.steps or ()):
         parser.error("--repeats and --steps must be positive")
     return options
@@ -56,7 +58,6 @@ def main(argv=None) -> dict:
 
     import jax
 
-    jax.config.update("jax_enable_x64", True)
     from benchmarks import _fixed_steps, _guesses
 
     on_cpu = jax.default_backend() == "cpu"
@@ -66,9 +67,14 @@ def main(argv=None) -> dict:
     results = {"environment": _environment(), "fixed_steps": []}
     flags = results["environment"]["xla_flags"] or "default XLA flags"
     print(f"### Fixed Tsit5 steps, {results['environment']['device']}, {flags}\n")
-    for num_steps in sizes:
-        repeats = 3 if options.quick else options.repeats
-        results["fixed_steps"] += _fixed_steps.run(num_steps, repeats)
+    # Single precision as its users have it, without 64-bit counters and times.
+    for dtype in ("float32", "float64"):
+        if dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        for num_steps in sizes:
+            results["fixed_steps"] += _fixed_steps.run(
+                num_steps, options.repeats, dtype
+            )
     print(_fixed_steps.table(results["fixed_steps"]), flush=True)
     if not options.one_flag:
         results["guesses"] = _guesses.run(options.quick)

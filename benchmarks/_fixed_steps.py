@@ -96,55 +96,51 @@ def _gradient(solve):
     return eqx.filter_grad(lambda args, y0: jnp.mean(solve(y0, args) ** 2))
 
 
-def run(num_steps: int, repeats: int, dtypes=("float32", "float64")) -> list[dict]:
-    """One row a problem, dtype and kind of work."""
+def run(num_steps: int, repeats: int, dtype_name: str) -> list[dict]:
+    """One row a problem and kind of work, in the precision `dtype_name`."""
     rows = []
-    for dtype_name in dtypes:
-        dtype = jnp.dtype(dtype_name)
-        for name, (field, y0, args) in problems(dtype).items():
-            ts = jnp.linspace(0.0, T1, num_steps, dtype=dtype)
-            at_ts, at_steps = diffrax.SaveAt(ts=ts), diffrax.SaveAt(steps=True)
-            bind = lambda fn, saveat, f=field: ft.partial(fn, f, num_steps, saveat)
-            stock, bare, by_hand = (
-                bind(_stock, at_ts), bind(_stock, at_steps), bind(_loop, None)
-            )  # fmt: skip
-            deer = bind(_deer, at_ts)
-            deer_ys = lambda y0, args, deer=deer: deer(y0, args).ys
-            stats = eqx.filter_jit(deer)(y0, args).stats
-            works = {
-                "forward": {
-                    "deer": deer_ys,
-                    "diffrax, ts": stock,
-                    "diffrax, steps": bare,
-                    "scan by hand": by_hand,
-                },
-                "gradient": {
-                    "deer": _gradient(deer_ys),
-                    "diffrax, ts": _gradient(stock),
-                    "scan by hand": _gradient(by_hand),
-                },
-            }
-            for work, programs in works.items():
-                order = (y0, args) if work == "forward" else (args, y0)
-                compiled = {k: eqx.filter_jit(fn) for k, fn in programs.items()}
-                times = time_alternating(
-                    {k: ft.partial(fn, *order) for k, fn in compiled.items()}, repeats
-                )
-                answers = {k: fn(*order) for k, fn in compiled.items()}
-                rows.append(
-                    {
-                        "problem": name,
-                        "dtype": dtype_name,
-                        "steps": num_steps,
-                        "work": work,
-                        "num_newton_steps": int(stats["num_newton_steps"]),
-                        "num_fallback_steps": int(stats["num_fallback_steps"]),
-                        "difference": _difference(
-                            answers["deer"], answers["diffrax, ts"]
-                        ),
-                        "times": times,
-                    }
-                )
+    dtype = jnp.dtype(dtype_name)
+    for name, (field, y0, args) in problems(dtype).items():
+        ts = jnp.linspace(0.0, T1, num_steps, dtype=dtype)
+        bind = lambda fn, saveat, f=field: ft.partial(fn, f, num_steps, saveat)
+        stock = bind(_stock, diffrax.SaveAt(ts=ts))
+        bare = bind(_stock, diffrax.SaveAt(steps=True))
+        by_hand = bind(_loop, None)
+        deer = bind(_deer, diffrax.SaveAt(ts=ts))
+        deer_ys = lambda y0, args, deer=deer: deer(y0, args).ys
+        stats = eqx.filter_jit(deer)(y0, args).stats
+        works = {
+            "forward": {
+                "deer": deer_ys,
+                "diffrax, ts": stock,
+                "diffrax, steps": bare,
+                "scan by hand": by_hand,
+            },
+            "gradient": {
+                "deer": _gradient(deer_ys),
+                "diffrax, ts": _gradient(stock),
+                "scan by hand": _gradient(by_hand),
+            },
+        }
+        for work, programs in works.items():
+            order = (y0, args) if work == "forward" else (args, y0)
+            compiled = {k: eqx.filter_jit(fn) for k, fn in programs.items()}
+            times = time_alternating(
+                {k: ft.partial(fn, *order) for k, fn in compiled.items()}, repeats
+            )
+            answers = {k: fn(*order) for k, fn in compiled.items()}
+            rows.append(
+                {
+                    "problem": name,
+                    "dtype": dtype_name,
+                    "steps": num_steps,
+                    "work": work,
+                    "num_newton_steps": int(stats["num_newton_steps"]),
+                    "num_fallback_steps": int(stats["num_fallback_steps"]),
+                    "difference": _difference(answers["deer"], answers["diffrax, ts"]),
+                    "times": times,
+                }
+            )
     return rows
 
 

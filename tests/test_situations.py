@@ -291,7 +291,7 @@ def fit_oscillators(door):
         value, args = step(args, data.reshape(-1))
         losses.append(value)
     for name, value in truth.items():
-        np.testing.assert_allclose(args[name], value, atol=2e-2)
+        np.testing.assert_allclose(args[name], value, atol=5e-2)
     return jnp.stack(losses), args
 
 

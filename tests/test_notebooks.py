@@ -1,0 +1,42 @@
+"""The notebooks run, and what they say is true. Their cells are run as one program."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+
+FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
+
+
+def run(name: str) -> dict:
+    cells = json.loads((FOLDER / name).read_text())["cells"]
+    source = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    assert source
+    namespace = {}
+    # As users have it, without the strictness of the tests.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile("\n".join(source), name, "exec"), namespace)
+    return namespace
+
+
+def test_first_solve(monkeypatch):
+    monkeypatch.setenv("DEER_ODE_NOTEBOOK_STEPS", "200")
+    found = run("first_solve.ipynb")
+    # Populations of up to about 30, in float64.
+    assert found["difference"] < 1e3 * 2**-52 * 30
+    assert found["fallback_steps"] == 0
+    assert abs(float(found["rate"]) - 1.1) < 1e-8
+    assert found["warm_steps"] == 1
+
+
+def test_every_notebook_is_tested():
+    names = {path.name for path in FOLDER.glob("*.ipynb")}
+    assert names == {"first_solve.ipynb"}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda p: p.name)
+def test_no_outputs_are_stored(path):
+    cells = json.loads(path.read_text())["cells"]
+    assert all(not c.get("outputs") for c in cells)
