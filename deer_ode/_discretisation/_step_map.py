@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from equinox import _errors as _equinox_errors
 from jaxtyping import Array, Float, PyTree
 
-from .._custom_types import Args, State, Y
+from .._custom_types import Args, Mask, State, Trajectory, Y
 from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._recurrence import AbstractMapRecurrence
 from ._base import Grid
@@ -138,6 +138,7 @@ class StepMap(AbstractMapRecurrence):
     xs: Grid
     interpolate: Callable[..., State]
     flattener: StateFlattener
+    is_explicit: bool = eqx.field(static=True)
 
     def __init__(
         self, solver: diffrax.AbstractSolver, terms, grid: Grid, y0: Y, args: Args
@@ -172,6 +173,7 @@ class StepMap(AbstractMapRecurrence):
             )
         self.y0 = flat_y0
         self.xs = grid
+        self.is_explicit = is_explicit_rk(solver)
 
     @property
     def eps(self):
@@ -180,14 +182,43 @@ class StepMap(AbstractMapRecurrence):
     def flatten(self, ys: PyTree[Array]):
         return jax.vmap(self.flattener.flatten)(ys)
 
+    def _harmless(self, ys) -> tuple[Trajectory, Mask, Trajectory, Grid]:
+        """Values, and where each step may be differentiated.
+
+        The derivative of a step that solves equations within solves a linear system,
+        and that ends the whole program when given what is not finite. So where the
+        value is not finite, the first step is differentiated instead: any finite
+        Jacobian will do there.
+        """
+        starts = previous_states(self.y0, ys)
+        constant = jtu.tree_map(
+            lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x,
+            (self.f, starts, self.xs),
+        )
+        f, constant_starts, constant_xs = constant
+        values = jax.vmap(f)(constant_starts, constant_xs)
+        fine = jnp.all(jnp.isfinite(values), axis=-1)
+        starts = jnp.where(fine[:, None], starts, self.y0[None])
+        xs = jtu.tree_map(lambda x: jnp.where(fine, x, x[0]), self.xs)
+        return values, fine, starts, xs
+
     # Rules of derivatives are traced where they are used: errors in them as well.
     def evaluate(self, ys):
         with tracing_steps():
-            return super().evaluate(ys)
+            if self.is_explicit:
+                return super().evaluate(ys)
+            values, fine, starts, xs = self._harmless(ys)
+            return jnp.where(fine[:, None], jax.vmap(self.f)(starts, xs), values)
 
     def linearise(self, ys, linearisation):
         with tracing_steps():
-            return super().linearise(ys, linearisation)
+            if self.is_explicit:
+                return super().linearise(ys, linearisation)
+            values, _, starts, xs = self._harmless(ys)
+            _, A = jax.vmap(lambda y, x: linearisation(lambda y: self.f(y, x), y))(
+                starts, xs
+            )
+            return values, A
 
     def coarse_trajectory(self, every):
         coarse_grid = self.xs.coarsen(every)
