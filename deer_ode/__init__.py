@@ -3,6 +3,14 @@
 import importlib.metadata as _metadata
 
 from ._affine import affine_scan as affine_scan
+from ._discretisation import (
+    DAETerm as DAETerm,
+    GaussLegendre as GaussLegendre,
+    MassMatrixTerm as MassMatrixTerm,
+    Obreshkov as Obreshkov,
+    RadauIIA as RadauIIA,
+    consistent_initial_values as consistent_initial_values,
+)
 from ._integrate import diffeqsolve as diffeqsolve
 from ._linearisation import (
     AbstractLinearisation as AbstractLinearisation,

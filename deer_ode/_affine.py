@@ -28,9 +28,13 @@ def _is_dense(A: Propagators, b: Trajectory) -> bool:
 
 
 def apply(A: Array, y: Array) -> Array:
-    """$A y$, batched over leading axes; `A` is dense or the diagonal."""
+    """$A y$, batched over leading axes; `A` is dense or the diagonal.
+
+    A dense `A` of fewer columns than `y` has entries acts on the last of them.
+    """
     if A.ndim == y.ndim:
         return A * y
+    y = y[..., y.shape[-1] - A.shape[-1] :]
     if y.shape[-1] <= _SMALL:
         return jnp.sum(A * y[..., None, :], axis=-1)
     return jnp.matmul(A, y[..., None], precision=lax.Precision.HIGHEST)[..., 0]
@@ -71,12 +75,29 @@ def scan_from_zero(A: Propagators, b: Trajectory, reverse: bool = False) -> Traj
     """
     if b.shape[0] == 0 or b.shape[1] == 0:
         return b
+    if _is_rectangular(A, b):
+        return _from_tail(scan_from_zero, A, b, reverse)
     return lax.platform_dependent(
         A,
         b,
         cpu=lambda A, b: sequential_scan(A, b, reverse),
         default=lambda A, b: parallel_scan(A, b, reverse),
     )
+
+
+def _is_rectangular(A: Propagators, b: Trajectory) -> bool:
+    return _is_dense(A, b) and A.shape[-1] < b.shape[-1]
+
+
+def _from_tail(solve, A: Propagators, b: Trajectory, reverse: bool) -> Trajectory:
+    """A recurrence in which only the last entries of a state pass on to the next.
+
+    Those are a recurrence of their own; the others follow from it, all at once.
+    """
+    num_heads = b.shape[-1] - A.shape[-1]
+    tails = solve(A[:, num_heads:], b[:, num_heads:], reverse)
+    heads = apply(A[:, :num_heads], _shift(tails, reverse)) + b[:, :num_heads]
+    return jnp.concatenate([heads, tails], axis=-1)
 
 
 def _shift(ys: Array, reverse: bool) -> Array:
@@ -91,6 +112,8 @@ def affine_solve(A: Propagators, b: Trajectory, reverse: bool = False) -> Trajec
     """As `scan_from_zero`, and differentiable to any order in `A` and `b`."""
     if b.shape[0] == 0 or b.shape[1] == 0:
         return b
+    if _is_rectangular(A, b):
+        return _from_tail(affine_solve, A, b, reverse)
     # The transpose of "multiply the neighbour by mine" is "multiply by the
     # neighbour's, transposed".
     A_transpose = _shift(A, not reverse)

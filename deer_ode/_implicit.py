@@ -34,15 +34,12 @@ def _solve_jvp(primals, tangents):
     if len(jtu.tree_leaves(t_recurrence)) == 0:
         return solution, t_solution
     ys = solution.ys
-    _, t_values = eqx.filter_jvp(
-        lambda recurrence: recurrence.evaluate(ys), (recurrence,), (t_recurrence,)
-    )
     # What the forward pass used may have been cheaper; a derivative needs all of it.
     exact = method.linearisation if isinstance(method.linearisation, Dense) else Dense()
     num_steps, state_size = ys.shape
     exact.check_size(num_steps, state_size, ys.dtype)
-    _, A = recurrence.linearise(ys, exact)
-    return solution, t_solution._replace(ys=affine_solve(A, t_values))
+    A, b = recurrence.linear_response(ys, t_recurrence, exact)
+    return solution, t_solution._replace(ys=affine_solve(A, b))
 
 
 def solve_recurrence(recurrence: AbstractRecurrence, method: Newton) -> NewtonSolution:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
 from ._custom_types import Args, Y
+from ._discretisation import AbstractImplicitTerm, consistent_initial_values
 from ._parallel_adjoint import ParallelAdjoint
 from ._solver import DEER
 
@@ -42,6 +44,30 @@ def _count_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> int | None:
         return None
     # The next number, so that rounding of `dt0` makes no extra step.
     return max(1, int(np.ceil(length / np.nextafter(dt0, dtype.type(np.inf)))))
+
+
+def _solve_implicit(term: AbstractImplicitTerm, t0, y0: Y, args: Args, throw, solve):
+    """A differential-algebraic equation, from consistent initial values."""
+    initial = consistent_initial_values(term, t0, y0, args)
+    # What is typed in to half the digits or more passes.
+    is_consistent = (
+        initial.residual <= float(jnp.finfo(initial.residual.dtype).eps) ** 0.5
+    )
+    y0 = initial.y0
+    if throw:
+        y0 = eqx.error_if(
+            y0,
+            ~is_consistent,
+            "The initial values are not consistent: with the components of `y0` whose "
+            "time derivatives appear, the equation and its derivatives cannot all hold "
+            "at `t0`. `deer_ode.consistent_initial_values(term, t0, y0, args)` shows "
+            "what is left; mend `y0`, or go on regardless with `throw=False`.",
+        )
+    sol = solve(y0)
+    stats = sol.stats | dict(
+        initial_residual=initial.residual, initial_correction=initial.correction
+    )
+    return eqx.tree_at(lambda s: s.stats, sol, stats)
 
 
 def diffeqsolve(
@@ -80,6 +106,13 @@ def diffeqsolve(
         a bound.
     - `adjoint` is [`deer_ode.ParallelAdjoint`][], whose derivatives are exact.
 
+    Beside Diffrax's terms there are [`deer_ode.DAETerm`][] and
+    [`deer_ode.MassMatrixTerm`][] for differential-algebraic equations. The algebraic
+    components of their initial state are worked out first
+    ([`deer_ode.consistent_initial_values`][]); `stats` then also holds
+    `initial_correction`, by how much they changed at most, and `initial_residual`. An
+    initial state that contradicts itself is an error.
+
     Anything else goes to Diffrax as it is: another solver, `DEER` with `num_substeps`,
     or an adjoint that is given.
 
@@ -116,6 +149,19 @@ def diffeqsolve(
         made_jump=made_jump,
         discrete_terminating_event=discrete_terminating_event,
     )
+    if isinstance(terms, AbstractImplicitTerm):
+
+        def solve(y0):
+            return _solve(
+                terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs
+            )
+
+        return _solve_implicit(terms, t0, y0, args, throw, solve)
+    return _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs)
+
+
+def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
+    stepsize_controller = kwargs["stepsize_controller"]
     is_parallel = (
         type(solver) is DEER
         and solver.num_substeps is None
@@ -136,7 +182,7 @@ def diffeqsolve(
                 "`dt0` is the size of the steps and must be given with "
                 "`ConstantStepSize()`; got `dt0=None`."
             )
-        max_steps = _count_steps(t0, t1, dt0, saveat)
+        max_steps = _count_steps(t0, t1, dt0, kwargs["saveat"])
         if max_steps is None:
             raise ValueError(
                 "The number of steps must be known while tracing, but cannot be "

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
-from ._affine import apply, scan_from_zero
+from ._affine import scan_from_zero
 from ._custom_types import Trajectory
 from ._linearisation import AbstractLinearisation, Dense
-from ._misc import hold_last_good, is_reasonable, leading_true, previous_states
+from ._misc import hold_last_good, is_reasonable, leading_true
 from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractRecurrence
 
@@ -50,7 +50,9 @@ class NewtonSolution(NamedTuple):
     """Whether the step after the good ones leads from a finite state to none."""
 
 
-class _Carry(NamedTuple):
+class Iterate(NamedTuple):
+    """A trajectory, and how far it is right."""
+
     ys: Trajectory
     iteration: Int[Array, ""]
     num_good: Int[Array, ""]
@@ -116,18 +118,26 @@ class Newton(eqx.Module):
 
     def solve(self, recurrence: AbstractRecurrence) -> NewtonSolution:
         """Finds the trajectory of `recurrence`. Not differentiable by itself."""
+        carry = self.iterate(recurrence)
+        is_answer = recurrence.is_sequential_answer(carry.ys)
+        if is_answer is not None:
+            num_good = jnp.minimum(carry.num_good, leading_true(is_answer))
+            carry = carry._replace(num_good=num_good)
+        return self._postprocess(recurrence, carry)
+
+    def iterate(self, recurrence: AbstractRecurrence) -> Iterate:
+        """The iteration alone: what it ended with, converged or not."""
         state_size = recurrence.y0.shape[0]
         self.linearisation.check_size(
             recurrence.num_steps, state_size, recurrence.y0.dtype
         )
         if recurrence.num_steps == 0 or state_size == 0:
-            return self._postprocess(recurrence, self._trivial(recurrence))
-        final = lax.while_loop(
+            return self._trivial(recurrence)
+        return lax.while_loop(
             lambda carry: self._unfinished(recurrence, carry),
             lambda carry: self._iterate(recurrence, carry),
             self._init(recurrence),
         )
-        return self._postprocess(recurrence, final)
 
     def _trivial(self, recurrence):
         ys = jnp.zeros(
@@ -139,7 +149,7 @@ class Newton(eqx.Module):
         )
 
     def _carry(self, ys):
-        return _Carry(
+        return Iterate(
             ys,
             iteration=jnp.asarray(0, jnp.int32),
             num_good=jnp.asarray(0, jnp.int32),
@@ -158,33 +168,30 @@ class Newton(eqx.Module):
             & (carry.iteration < self.newton_max_steps)
         )
 
-    def _tolerance(self, recurrence, ys, A):
-        dtype = ys.dtype
+    def _tolerance(self, recurrence, size):
+        dtype = size.dtype
         if self.rtol is None:
             rtol = _ROUNDING_UNITS * jnp.asarray(recurrence.eps, dtype)
         else:
             rtol = jnp.asarray(self.rtol, dtype)
         # Below the smallest normal number relative accuracy has no meaning.
         atol = jnp.finfo(dtype).tiny if self.atol is None else self.atol
-        size = jnp.abs(ys) + apply(
-            jnp.abs(A), jnp.abs(previous_states(recurrence.y0, ys))
-        )
         return jnp.asarray(atol, dtype) + jnp.broadcast_to(rtol, size.shape) * size
 
     def _iterate(self, recurrence, carry):
         ys = carry.ys
-        values, A = recurrence.linearise(ys, self.linearisation)
-        residual = values - ys
-        error = jax.vmap(self.norm)(residual / self._tolerance(recurrence, ys, A))
+        residual, A, defect, size = recurrence.linearise(ys, self.linearisation)
+        error = jax.vmap(self.norm)(defect / self._tolerance(recurrence, size))
         # Written so that NaN is not good.
         num_good = leading_true(error <= 1)
         steps = jnp.arange(recurrence.num_steps, dtype=jnp.int32)
         good_residual = jnp.where((steps < num_good)[:, None], jnp.abs(residual), 0)
         # The next step, from a state that is right, is not a number: nor is the answer.
-        next_value = values[jnp.minimum(num_good, recurrence.num_steps - 1)]
-        stuck = (num_good < recurrence.num_steps) & ~jnp.all(jnp.isfinite(next_value))
+        next_residual = residual[jnp.minimum(num_good, recurrence.num_steps - 1)]
+        is_finite = jnp.all(jnp.isfinite(next_residual))
+        stuck = (num_good < recurrence.num_steps) & ~is_finite
         ys = ys + scan_from_zero(A, residual)
-        return _Carry(
+        return Iterate(
             hold_last_good(recurrence.y0, ys, is_reasonable(ys)),
             carry.iteration + 1,
             num_good,

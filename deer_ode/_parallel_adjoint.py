@@ -16,13 +16,7 @@ import jax.tree_util as jtu
 from diffrax._integrate import State
 from diffrax._misc import linear_rescale
 
-from ._discretisation import (
-    Grid,
-    StepMap,
-    interpolate_step,
-    take_steps,
-    tracing_steps,
-)
+from ._discretisation import Grid, discretise, tracing_steps
 from ._implicit import solve_recurrence
 from ._misc import StateFlattener, count_true, leading_true, state_at
 from ._predictor import Trajectory
@@ -161,10 +155,11 @@ def _all_steps(
     if guess is not None and guess.shape[0] > 0:
         predictor = Trajectory(jax.vmap(StateFlattener(state.y).unflatten)(guess))
         method = eqx.tree_at(lambda m: m.guess, method, predictor)
-    recurrence = StepMap(solver.solver, terms, grid, state.y, args)
+    discretised = discretise(solver.solver, terms, grid, state.y, args)
+    recurrence = discretised.recurrence
     solution = solve_recurrence(recurrence, method)
-    ys = jax.vmap(recurrence.flattener.unflatten)(solution.ys)
-    steps = take_steps(solver.solver, terms, grid, state.y, solution.ys, args)
+    ys = discretised.states(solution.ys)
+    steps = discretised.take_steps(solution.ys)
 
     # How many steps Diffrax would have made, and why no more.
     num_steps = grid.num_active
@@ -212,9 +207,8 @@ def _all_steps(
     solved = SolvedGrid(
         grid,
         num_steps,
-        state.y,
         ys,
-        lambda t0, t1, y, t: interpolate_step(solver.solver, terms, t0, t1, y, args, t),
+        lambda ts, index: discretised.evaluate(solution.ys, steps, ts, index),
     )
     with tracing_steps():
         save_state = jtu.tree_map(
@@ -242,13 +236,17 @@ def _all_steps(
         made_jump = made_jump & ~made_any  # neither controller makes jumps
     final_state = State(
         y=recurrence.flattener.unflatten(
-            state_at(recurrence.y0, solution.ys, num_steps)
+            state_at(
+                recurrence.flattener.flatten(state.y),
+                recurrence.states(solution.ys),
+                num_steps,
+            )
         ),
         tprev=tprev,
         tnext=tprev,
         made_jump=made_jump,
         solver_state=DEERState(
-            lax.stop_gradient(solution.ys),
+            lax.stop_gradient(recurrence.states(solution.ys)),
             state.solver_state.num_newton_steps + solution.num_newton_steps,
         ),
         controller_state=_controller_state(controller, state, num_made),

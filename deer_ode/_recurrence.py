@@ -2,7 +2,7 @@ r"""Recurrences $y_i = f_i(y_{i-1})$, as Newton's method sees them."""
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,9 +10,29 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._custom_types import Propagators, State, Trajectory
+from ._affine import apply
+from ._custom_types import Mask, Propagators, State, Trajectory
 from ._linearisation import AbstractLinearisation
 from ._misc import previous_states
+
+
+class Linearised(NamedTuple):
+    r"""A recurrence about a trajectory: the affine elements of one Newton iteration.
+
+    The iteration solves $\delta_i = A_i \delta_{i-1} + r_i$.
+    """
+
+    residual: Trajectory
+    """$r_i$: how far each state is from what its step makes of the one before it."""
+    A: Propagators
+    defect: Trajectory
+    """What has to vanish, in the units in which it is computed. Where a step is a map
+    it is the residual; where it is an equation, what that equation leaves.
+    """
+    size: Trajectory
+    """The terms that cancel in `defect`, by their absolute values: rounding alone makes
+    a defect of this size times the rounding unit.
+    """
 
 
 class AbstractRecurrence(eqx.Module):
@@ -21,6 +41,10 @@ class AbstractRecurrence(eqx.Module):
     States are flat real vectors. Everything that the answer depends on differentiably
     must be a leaf of this pytree: derivatives of the solution are taken with respect
     to those leaves.
+
+    A step may depend on the last entries of the state before it only. Then $A_i$ has
+    as many columns, and what the other entries hold of a step (the stages of a
+    collocation method) belongs to that step alone.
     """
 
     y0: eqx.AbstractVar[State]
@@ -36,14 +60,28 @@ class AbstractRecurrence(eqx.Module):
         """$f_i(y)$ for the step of zero-based `index`: one sequential step."""
 
     @abc.abstractmethod
-    def evaluate(self, ys: Trajectory) -> Trajectory:
-        r"""$f_i(y_{i-1})$ for all steps at once."""
-
-    @abc.abstractmethod
     def linearise(
         self, ys: Trajectory, linearisation: AbstractLinearisation
-    ) -> tuple[Trajectory, Propagators]:
-        r"""$f_i(y_{i-1})$ and $\partial f_i / \partial y_{i-1}$ for all steps."""
+    ) -> Linearised:
+        """All steps at once, linearised about `ys`."""
+
+    @abc.abstractmethod
+    def linear_response(
+        self, ys: Trajectory, tangent: Any, linearisation: AbstractLinearisation
+    ) -> tuple[Propagators, Trajectory]:
+        r"""How a solution `ys` answers a change of the leaves of this recurrence.
+
+        Returns $A_i$ and $b_i$ of $\dot y_i = A_i \dot y_{i-1} + b_i$, where $b_i$ is
+        linear in `tangent` (a recurrence of tangents, `None` where there is none).
+        """
+
+    @abc.abstractmethod
+    def is_sequential_answer(self, ys: Trajectory) -> Mask | None:
+        """Which steps of a solution `ys` are those that a sequential solve would take.
+
+        `None` where there can be no others: a map has one value. An equation may have
+        several solutions, of which a sequential solve finds the one nearby.
+        """
 
     @abc.abstractmethod
     def flatten(self, ys: PyTree[Array]) -> Trajectory:
@@ -74,14 +112,36 @@ class AbstractMapRecurrence(AbstractRecurrence):
     def step(self, index, y):
         return self.f(y, jtu.tree_map(lambda x: x[index], self.xs))
 
-    def evaluate(self, ys):
+    def is_sequential_answer(self, ys):
+        del ys
+        return None
+
+    def evaluate(self, ys: Trajectory) -> Trajectory:
+        r"""$f(y_{i-1}, x_i)$ for all steps at once."""
         return jax.vmap(self.f)(previous_states(self.y0, ys), self.xs)
 
-    def linearise(self, ys, linearisation):
+    def jacobians(
+        self, ys: Trajectory, linearisation: AbstractLinearisation
+    ) -> tuple[Trajectory, Propagators]:
+        r"""$f(y_{i-1}, x_i)$ and its Jacobian for all steps at once."""
+
         def linearise_step(y, x):
             return linearisation(lambda y: self.f(y, x), y)
 
         return jax.vmap(linearise_step)(previous_states(self.y0, ys), self.xs)
+
+    def linearise(self, ys, linearisation):
+        values, A = self.jacobians(ys, linearisation)
+        residual = values - ys
+        before = jnp.abs(previous_states(self.y0, ys))
+        size = jnp.abs(ys) + apply(jnp.abs(A), before)
+        return Linearised(residual, A, residual, size)
+
+    def linear_response(self, ys, tangent, linearisation):
+        _, t_values = eqx.filter_jvp(
+            lambda recurrence: recurrence.evaluate(ys), (self,), (tangent,)
+        )
+        return self.jacobians(ys, linearisation)[1], t_values
 
 
 class Recurrence(AbstractMapRecurrence):

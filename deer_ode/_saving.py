@@ -11,7 +11,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax._integrate import SaveState
-from jaxtyping import Array, Bool, Int, Real
+from jaxtyping import Array, Bool, Int
 
 from ._custom_types import Args, Y
 from ._discretisation import Grid
@@ -26,28 +26,13 @@ class SolvedGrid(eqx.Module):
 
     grid: Grid
     num_steps: Int[Array, ""]
-    y0: Y
     ys: Y
-    interpolate: Callable[..., Y] = eqx.field(static=True)
-    """`(t0, t1, y, t)` to the solution at `t`, in the step from `t0` to `t1`."""
+    evaluate: Callable[..., Y] = eqx.field(static=True)
+    """`(ts, index)` to the solution at `ts`, which lie in the steps `index`."""
 
     def made(self) -> Bool[Array, " steps"]:
         steps = jnp.arange(self.grid.num_steps, dtype=jnp.int32)
         return steps < self.num_steps
-
-    def evaluate(self, ts: Real[Array, " times"], index: Int[Array, " times"]) -> Y:
-        """The interpolated solution at `ts`, which lie in the steps `index`.
-
-        Takes each of these steps again, which is less work than to keep what the
-        interpolation needs of all steps.
-        """
-        before = jtu.tree_map(
-            lambda y0, ys: jnp.concatenate([y0[None], ys[:-1]]), self.y0, self.ys
-        )
-        tprev, tnext, start = jtu.tree_map(
-            lambda x: x[index], (self.grid.tprev, self.grid.tnext, before)
-        )
-        return jax.vmap(self.interpolate)(tprev, tnext, start, ts)
 
 
 def set_where(

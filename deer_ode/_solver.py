@@ -12,7 +12,7 @@ from diffrax._term import AdjointTerm
 from jaxtyping import Array, Float, Int, Real
 
 from ._custom_types import Args, Y
-from ._discretisation import Grid, StepMap, check_one_step, one_step, take_steps
+from ._discretisation import Grid, Obreshkov, check_one_step, discretise, one_step
 from ._implicit import solve_recurrence
 from ._misc import StateFlattener
 from ._newton import Newton
@@ -189,10 +189,10 @@ class DEER(diffrax.AbstractWrappedSolver):
         fraction = jnp.linspace(0, 1, self.num_substeps + 1, dtype=jnp.result_type(t1))
         ts = jnp.asarray(t0 + fraction * (t1 - t0)).at[-1].set(t1)
         grid = Grid.from_points(ts)
-        recurrence = StepMap(self.solver, terms, grid, y0, args)
-        solution = solve_recurrence(recurrence, self.method)
-        y1 = recurrence.flattener.unflatten(solution.ys[-1])
-        steps = take_steps(self.solver, terms, grid, y0, solution.ys, args)
+        discretised = discretise(self.solver, terms, grid, y0, args)
+        solution = solve_recurrence(discretised.recurrence, self.method)
+        y1 = jtu.tree_map(lambda y: y[-1], discretised.states(solution.ys))
+        steps = discretised.take_steps(solution.ys)
         # Promoting would make it traced, where with a sequential finish it is known.
         result = self.method.result(solution, self.num_substeps)
         if result.is_traced():

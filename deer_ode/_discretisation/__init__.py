@@ -1,11 +1,20 @@
 """Differential equation terms and a time grid, made into a recurrence."""
 
 from ._base import Grid as Grid
+from ._collocation import GaussLegendre as GaussLegendre, RadauIIA as RadauIIA
+from ._consistent import (
+    InitialValues as InitialValues,
+    consistent_initial_values as consistent_initial_values,
+)
+from ._discretise import Discretised as Discretised, discretise as discretise
+from ._implicit_terms import (
+    AbstractImplicitTerm as AbstractImplicitTerm,
+    DAETerm as DAETerm,
+    MassMatrixTerm as MassMatrixTerm,
+)
+from ._obreshkov import Obreshkov as Obreshkov
 from ._step_map import (
-    StepMap as StepMap,
     check_one_step as check_one_step,
-    interpolate_step as interpolate_step,
     one_step as one_step,
     tracing_steps as tracing_steps,
 )
-from ._steps import Steps as Steps, take_steps as take_steps

@@ -1,0 +1,71 @@
+"""Solver, terms and grid: the recurrence to solve, and what its solution says."""
+
+from typing import Any, NamedTuple
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Int, Real
+
+from .._custom_types import Args, Trajectory, Y
+from .._misc import previous_states
+from ._base import Grid
+from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
+from ._step_map import StepMap
+from ._steps import Steps, take_steps
+
+
+class Discretised(NamedTuple):
+    """A differential equation on a grid, and the way back from its trajectory."""
+
+    recurrence: StepMap | AbstractEquationRecurrence
+    solver: diffrax.AbstractSolver
+    terms: Any
+    grid: Grid
+    y0: Y
+    args: Args
+
+    def states(self, ys: Trajectory) -> Y:
+        """The solution after each step, as the user has it."""
+        unflatten = self.recurrence.flattener.unflatten
+        return jax.vmap(unflatten)(self.recurrence.states(ys))
+
+    def take_steps(self, ys: Trajectory) -> Steps:
+        """What the steps say beside their ends. Ordinary differentiable code."""
+        if isinstance(self.recurrence, AbstractEquationRecurrence):
+            return self.recurrence.take_steps(ys)
+        return take_steps(
+            self.solver, self.terms, self.recurrence, self.y0, ys, self.args
+        )
+
+    def evaluate(
+        self,
+        ys: Trajectory,
+        steps: Steps,
+        ts: Real[Array, " times"],
+        index: Int[Array, " times"],
+    ) -> Y:
+        """The interpolated solution at `ts`, which lie in the steps `index`."""
+        recurrence = self.recurrence
+        tprev, tnext = self.grid.tprev[index], self.grid.tnext[index]
+        if isinstance(recurrence, AbstractEquationRecurrence):
+            info = jtu.tree_map(lambda x: x[index], steps.dense_info)
+            return jax.vmap(recurrence.interpolate)(info, tprev, tnext, ts)
+        # Each of these steps again, which is less work than to keep what the
+        # interpolation needs of all steps.
+        start = previous_states(recurrence.y0, ys)[index]
+        xs = jtu.tree_map(lambda x: x[index], recurrence.xs)
+        flat = jax.vmap(recurrence.interpolate)(start, xs, ts)
+        return jax.vmap(recurrence.flattener.unflatten)(flat)
+
+
+def discretise(
+    solver: diffrax.AbstractSolver, terms, grid: Grid, y0: Y, args: Args
+) -> Discretised:
+    """Steps that are equations are solved as such, all others as maps."""
+    if isinstance(solver, AbstractEquationSolver):
+        recurrence = solver.recurrence(terms, grid, y0, args)
+    else:
+        recurrence = StepMap(solver, terms, grid, y0, args)
+    return Discretised(recurrence, solver, terms, grid, y0, args)

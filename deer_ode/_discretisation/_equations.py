@@ -1,0 +1,262 @@
+r"""Steps that are equations: $F_i(y_{i-1}, y_i) = 0$, one Newton for the whole grid.
+
+With the blocks $B_i = \partial F_i / \partial y_i$ and $C_i = \partial F_i / \partial
+y_{i-1}$ at the iterate, an iteration solves
+
+$$C_i \delta_{i-1} + B_i \delta_i = -F_i,$$
+
+which is the affine recurrence with $A_i = -B_i^{-1} C_i$ and $r_i = -B_i^{-1} F_i$. An
+implicit method taken as a map would need an iteration of its own within each step, for
+each iteration over the grid; here there is only the one.
+"""
+
+import abc
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Float, PyTree
+
+from .._affine import apply
+from .._custom_types import Args, State, Trajectory, Y
+from .._implicit import solve_recurrence
+from .._linearisation import Dense
+from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
+from .._newton import Newton
+from .._predictor import Constant
+from .._recurrence import AbstractRecurrence, Linearised
+from ._base import Grid
+from ._step_map import errors_as_nan, tracing_steps
+from ._steps import Steps
+
+
+# One step by itself, from the state before it.
+_ONE_STEP = Newton(guess=Constant(), fallback=False)
+
+# A coarse trajectory is a guess: it pays to be about right, not to be exact.
+_ROUGHLY = Newton(guess=Constant(), rtol=1e-4, newton_max_steps=10, fallback=False)
+
+# Two solutions of the equation of a step that are closer, relatively, are the same.
+_SAME = 1e-4
+
+Blocks = tuple[
+    Float[Array, "steps equations"],
+    Float[Array, "steps equations equations"],
+    Float[Array, "steps equations state"],
+]
+"""$F$, $B$ and $C$ of all steps."""
+
+
+def solve_blocks(
+    B: Float[Array, "steps n n"], right: Float[Array, "steps n columns"]
+) -> Float[Array, "steps n columns"]:
+    """$B_i^{-1} R_i$. A singular block gives what is not finite."""
+
+    def solve_one(B, right):
+        solver = lx.LU()
+        state = solver.init(lx.MatrixLinearOperator(B), {})
+        compute = lambda column: solver.compute(state, column, {})[0]
+        return jax.vmap(compute, in_axes=1, out_axes=1)(right)
+
+    return jax.vmap(solve_one)(B, right)
+
+
+class AbstractEquationRecurrence(AbstractRecurrence):
+    """A recurrence whose steps are equations between both ends.
+
+    Its states may hold more than the solution: the last entries, as many as the user's
+    state has, are the solution at the end of a step.
+    """
+
+    y0: eqx.AbstractVar[State]
+    grid: eqx.AbstractVar[Grid]
+    flattener: eqx.AbstractVar[StateFlattener]
+
+    @property
+    def num_steps(self):
+        return self.grid.num_steps
+
+    @property
+    def eps(self):
+        return self.flattener.eps * (self.y0.shape[0] // max(self.flattener.size, 1))
+
+    @property
+    @abc.abstractmethod
+    def has_unique_steps(self) -> bool:
+        """Whether the equation of a step is known to have one solution (for steps that
+        are not too long), and not several.
+        """
+
+    @abc.abstractmethod
+    def defects(self, ys: Trajectory) -> Trajectory:
+        """$F_i$ of all steps, differentiable in the leaves of this recurrence."""
+
+    @abc.abstractmethod
+    def blocks(self, ys: Trajectory) -> Blocks:
+        """$F_i$, $B_i$ and $C_i$ of all steps."""
+
+    @abc.abstractmethod
+    def from_states(self, states: Trajectory) -> Trajectory:
+        """A whole trajectory of this recurrence, guessed from the states alone."""
+
+    @abc.abstractmethod
+    def dense_info(self, ys: Trajectory) -> dict[str, Any]:
+        """What the interpolation within each step needs."""
+
+    @abc.abstractmethod
+    def interpolate(self, info: dict[str, Any], t0, t1, t) -> Y:
+        """The solution at `t` within the step from `t0` to `t1`."""
+
+    @abc.abstractmethod
+    def error_estimate(self, ys: Trajectory) -> Trajectory | None:
+        """Of each step, flat; `None` where the method has none."""
+
+    def states(self, ys: Trajectory) -> Trajectory:
+        return ys[:, ys.shape[1] - self.flattener.size :]
+
+    def flatten(self, ys: PyTree[Array]):
+        return self.from_states(jax.vmap(self.flattener.flatten)(ys))
+
+    def linearise(self, ys, linearisation):
+        F, A, solved, size = self._solved_blocks(ys, linearisation)
+        return Linearised(solved, A, F, size)
+
+    def _solved_blocks(self, ys, linearisation):
+        if not isinstance(linearisation, Dense):
+            raise ValueError(
+                "The steps of this solver are equations, which are solved with their "
+                f"whole Jacobians: use `Newton(linearisation=Dense())`; got "
+                f"{linearisation!r}."
+            )
+        with tracing_steps():
+            F, B, C = self.blocks(ys)
+            solved = solve_blocks(B, -jnp.concatenate([F[..., None], C], axis=-1))
+            before = jnp.abs(previous_states(self.y0, ys))
+            size = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
+        return F, solved[..., 1:], solved[..., 0], size
+
+    def linear_response(self, ys, tangent, linearisation):
+        del linearisation  # it is the exact one that is asked for
+        with tracing_steps():
+            _, F_dot = eqx.filter_jvp(
+                lambda recurrence: recurrence.defects(ys), (self,), (tangent,)
+            )
+            _, B, C = self.blocks(ys)
+            # Apart, since only one of them is linear in the tangent.
+            A = solve_blocks(B, -C)
+            b = solve_blocks(B, -F_dot[..., None])[..., 0]
+        return A, b
+
+    def _one(self, x: Grid, y: State) -> "AbstractEquationRecurrence":
+        """The step `x` by itself, from `y`."""
+        grid = jtu.tree_map(lambda x: x[None], x)
+        return eqx.tree_at(lambda r: (r.y0, r.grid), self, (y, grid))
+
+    def step(self, index, y):
+        one = self._one(jtu.tree_map(lambda x: x[index], self.grid), y)
+        end = _ONE_STEP.iterate(one)
+        # No state that is not a solution passes for one.
+        return jnp.where(end.num_good == 1, end.ys[0], jnp.nan)
+
+    def is_sequential_answer(self, ys):
+        if self.has_unique_steps or self.num_steps == 1:
+            return None
+        alone = jax.vmap(self.step)(
+            jnp.arange(self.num_steps), previous_states(self.y0, ys)
+        )
+        # Another solution is as far off as a step is long, or further; the same one is
+        # found to rounding, which the conditioning of the step magnifies.
+        distance = jnp.max(jnp.abs(alone - ys), axis=-1)
+        size = jnp.max(jnp.abs(ys), axis=-1)
+        return (distance <= _SAME * size) | ~self.grid.active
+
+    def coarse_trajectory(self, every):
+        coarse_grid = self.grid.coarsen(every)
+
+        def step(y, x):
+            y = _ROUGHLY.iterate(self._one(x, y)).ys[0]
+            return y, y
+
+        _, ends = lax.scan(step, self.y0, coarse_grid)
+        ends = hold_last_good(self.y0, ends, is_reasonable(ends))
+        if every == 1:
+            return ends
+        coarse = eqx.tree_at(lambda r: r.grid, self, coarse_grid)
+        num_coarse = ends.shape[0]
+        padding = num_coarse * every - self.num_steps
+        ts = jnp.pad(self.grid.tnext, (0, padding), mode="edge")
+
+        def between(info, x, t):
+            return self.flattener.flatten(self.interpolate(info, x.tprev, x.tnext, t))
+
+        states = jax.vmap(jax.vmap(between, in_axes=(None, None, 0)))(
+            coarse.dense_info(ends), coarse_grid, ts.reshape(num_coarse, every)
+        ).reshape(num_coarse * every, -1)[: self.num_steps]
+        last = self.states(ends)[-1]
+        return self.from_states(jnp.where(self.grid.active[:, None], states, last))
+
+    def take_steps(self, ys: Trajectory) -> Steps:
+        """What the steps say beside their ends. Ordinary differentiable code."""
+        with tracing_steps():
+            y_error = self.error_estimate(ys)
+            if y_error is not None:
+                y_error = jax.vmap(self.flattener.unflatten)(y_error)
+            dense_info = self.dense_info(ys)
+        was_solved = jnp.all(jnp.isfinite(ys), axis=-1)
+        result = jax.vmap(
+            lambda solved: diffrax.RESULTS.where(
+                solved,
+                diffrax.RESULTS.successful,
+                diffrax.RESULTS.nonlinear_divergence,
+            )
+        )(was_solved)
+        return Steps(y_error, dense_info, result)
+
+
+class AbstractEquationSolver(diffrax.AbstractSolver):
+    """A one-step method whose step is an equation between both ends.
+
+    Stock Diffrax runs it step by step, each step solved by itself; `DEER` solves all
+    steps together. Both solve the same equations to rounding.
+    """
+
+    @abc.abstractmethod
+    def recurrence(
+        self, terms, grid: Grid, y0: Y, args: Args
+    ) -> AbstractEquationRecurrence:
+        """The equations of all steps of `grid`."""
+
+    def init(self, terms, t0, t1, y0, args):
+        del terms, t0, t1, y0, args
+        return None
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        del solver_state, made_jump
+        grid = Grid(jnp.asarray(t0)[None], jnp.asarray(t1)[None], jnp.ones(1, bool))
+        recurrence = self.recurrence(terms, grid, y0, args)
+        solution = solve_recurrence(recurrence, _ONE_STEP)
+        steps = recurrence.take_steps(solution.ys)
+        y1, y_error, dense_info = jtu.tree_map(
+            lambda x: x[0],
+            (
+                jax.vmap(recurrence.flattener.unflatten)(
+                    recurrence.states(solution.ys)
+                ),
+                steps.y_error,
+                steps.dense_info,
+            ),
+        )
+        result = diffrax.RESULTS.where(
+            solution.num_good_steps == 1,
+            diffrax.RESULTS.successful,
+            diffrax.RESULTS.nonlinear_divergence,
+        )
+        return y1, y_error, dense_info, None, result
