@@ -4,11 +4,20 @@ import importlib.metadata as _metadata
 
 from ._affine import affine_scan as affine_scan
 from ._discretisation import (
+    AbstractImplicitTerm as AbstractImplicitTerm,
+    AveragedExponential as AveragedExponential,
+    BlanesMoan4 as BlanesMoan4,
     DAETerm as DAETerm,
+    ExponentialRosenbrockEuler as ExponentialRosenbrockEuler,
+    Exprb32 as Exprb32,
+    Exprb43 as Exprb43,
     GaussLegendre as GaussLegendre,
+    InitialValues as InitialValues,
     MassMatrixTerm as MassMatrixTerm,
     Obreshkov as Obreshkov,
     RadauIIA as RadauIIA,
+    StormerVerlet as StormerVerlet,
+    Yoshida4 as Yoshida4,
     consistent_initial_values as consistent_initial_values,
 )
 from ._integrate import diffeqsolve as diffeqsolve

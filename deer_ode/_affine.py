@@ -22,6 +22,9 @@ from ._custom_types import Propagators, Trajectory
 # matrix product, which costs a call per matrix.
 _SMALL = 8
 
+# Up to this size sums are written out.
+_TINY = 4
+
 
 def _is_dense(A: Propagators, b: Trajectory) -> bool:
     return A.ndim == b.ndim + 1
@@ -40,15 +43,22 @@ def apply(A: Array, y: Array) -> Array:
     return jnp.matmul(A, y[..., None], precision=lax.Precision.HIGHEST)[..., 0]
 
 
+def multiply(A: Array, B: Array) -> Array:
+    """$A B$ of square matrices, batched over leading axes."""
+    if A.shape[-1] <= _TINY:
+        # Written out it fuses with what is around it; a reduction would not.
+        products = [A[..., :, k, None] * B[..., None, k, :] for k in range(A.shape[-1])]
+        return sum(products[1:], products[0])
+    if A.shape[-1] <= _SMALL:
+        return jnp.sum(A[..., :, :, None] * B[..., None, :, :], axis=-2)
+    return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
+
+
 def _compose(first, second):
     A1, b1 = first
     A2, b2 = second
     b = apply(A2, b1) + b2
-    if A1.ndim == b1.ndim:
-        return A2 * A1, b
-    if A1.shape[-1] <= _SMALL:
-        return jnp.sum(A2[..., :, :, None] * A1[..., None, :, :], axis=-2), b
-    return jnp.matmul(A2, A1, precision=lax.Precision.HIGHEST), b
+    return (A2 * A1 if A1.ndim == b1.ndim else multiply(A2, A1)), b
 
 
 def sequential_scan(A: Propagators, b: Trajectory, reverse: bool) -> Trajectory:

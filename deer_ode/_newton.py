@@ -125,8 +125,12 @@ class Newton(eqx.Module):
             carry = carry._replace(num_good=num_good)
         return self._postprocess(recurrence, carry)
 
-    def iterate(self, recurrence: AbstractRecurrence) -> Iterate:
-        """The iteration alone: what it ended with, converged or not."""
+    def iterate(
+        self, recurrence: AbstractRecurrence, ys: Trajectory | None = None
+    ) -> Iterate:
+        """The iteration alone, from `ys` or else from the guess: what it ended with,
+        converged or not.
+        """
         state_size = recurrence.y0.shape[0]
         self.linearisation.check_size(
             recurrence.num_steps, state_size, recurrence.y0.dtype
@@ -136,7 +140,7 @@ class Newton(eqx.Module):
         return lax.while_loop(
             lambda carry: self._unfinished(recurrence, carry),
             lambda carry: self._iterate(recurrence, carry),
-            self._init(recurrence),
+            self._init(recurrence, self.guess(recurrence) if ys is None else ys),
         )
 
     def _trivial(self, recurrence):
@@ -157,8 +161,8 @@ class Newton(eqx.Module):
             stuck=jnp.asarray(False),
         )
 
-    def _init(self, recurrence):
-        ys = self.guess(recurrence).astype(recurrence.y0.dtype)
+    def _init(self, recurrence, ys):
+        ys = ys.astype(recurrence.y0.dtype)
         return self._carry(hold_last_good(recurrence.y0, ys, is_reasonable(ys)))
 
     def _unfinished(self, recurrence, carry):

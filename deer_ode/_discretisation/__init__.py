@@ -1,5 +1,6 @@
 """Differential equation terms and a time grid, made into a recurrence."""
 
+from ._averaged import AveragedExponential as AveragedExponential
 from ._base import Grid as Grid
 from ._collocation import GaussLegendre as GaussLegendre, RadauIIA as RadauIIA
 from ._consistent import (
@@ -7,6 +8,11 @@ from ._consistent import (
     consistent_initial_values as consistent_initial_values,
 )
 from ._discretise import Discretised as Discretised, discretise as discretise
+from ._exponential import (
+    ExponentialRosenbrockEuler as ExponentialRosenbrockEuler,
+    Exprb32 as Exprb32,
+    Exprb43 as Exprb43,
+)
 from ._implicit_terms import (
     AbstractImplicitTerm as AbstractImplicitTerm,
     DAETerm as DAETerm,
@@ -17,4 +23,9 @@ from ._step_map import (
     check_one_step as check_one_step,
     one_step as one_step,
     tracing_steps as tracing_steps,
+)
+from ._symplectic import (
+    BlanesMoan4 as BlanesMoan4,
+    StormerVerlet as StormerVerlet,
+    Yoshida4 as Yoshida4,
 )

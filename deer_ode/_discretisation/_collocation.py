@@ -5,9 +5,9 @@ Y_s$ at the nodes $c_1, \dots, c_s$. Its derivative at the nodes is linear in th
 
 $$h \dot Y_k = \sum_j D_{kj} (Y_j - y_{i-1}), \qquad D = A^{-1},$$
 
-with the matrix $A$ of the Runge--Kutta method, so that an equation in any form, $F(t, Y,
-\dot Y) = 0$, can be asked for at the nodes. All stages of all steps are unknowns of one
-system.
+with the matrix $A$ of the Runge--Kutta method, so that an equation in any form,
+$F(t, Y, \dot Y) = 0$, can be asked for at the nodes. All stages of all steps are
+unknowns of one system.
 """
 
 import abc
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, previous_states
@@ -170,9 +170,8 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
     def _num_entries(self):
         return self._num_stages + self._has_end
 
-    @property
-    def has_unique_steps(self):
-        return self.is_solved
+    def is_near(self, ys):
+        return jnp.zeros(ys.shape[0], bool)
 
     def _constant(self, x):
         return jnp.asarray(x, self.y0.dtype)
@@ -220,7 +219,8 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
         values = self._per_stage(self.equation)(ts, stages, increments, x)
         return self._assemble(ys, values, starts, stages, ends)
 
-    def blocks(self, ys):
+    def blocks(self, ys, exact):
+        del exact  # they always are
         starts, stages, ends, increments, ts, x = self._unknowns(ys)
         size, num_stages = self.flattener.size, self._num_stages
         num_entries, num_steps = self._num_entries, ys.shape[0]
@@ -273,6 +273,9 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
         c = self._constant([*self.nodes.c, 1.0][: self._num_entries])[None, :, None]
         entries = starts[:, None] * (1 - c) + states[:, None] * c
         return entries.reshape(states.shape[0], -1)
+
+    def predict_step(self):
+        return jnp.tile(self.y0[-self.flattener.size :], self._num_entries)
 
     def dense_info(self, ys):
         starts, stages, _, _, _, _ = self._unknowns(ys)

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import diffrax
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int, Real
 

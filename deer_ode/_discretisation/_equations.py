@@ -23,23 +23,29 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from .._affine import apply
-from .._custom_types import Args, State, Trajectory, Y
+from .._custom_types import Args, Mask, State, Trajectory, Y
 from .._implicit import solve_recurrence
 from .._linearisation import Dense
 from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._newton import Newton
-from .._predictor import Constant
+from .._predictor import Coarse, Constant
 from .._recurrence import AbstractRecurrence, Linearised
 from ._base import Grid
-from ._step_map import errors_as_nan, tracing_steps
+from ._step_map import tracing_steps
 from ._steps import Steps
 
 
-# One step by itself, from the state before it.
+# One step by itself.
 _ONE_STEP = Newton(guess=Constant(), fallback=False)
+
+# The same, where it must be differentiable.
+_ONE_STEP_AT_LAST = Newton(guess=Coarse(1))
 
 # A coarse trajectory is a guess: it pays to be about right, not to be exact.
 _ROUGHLY = Newton(guess=Constant(), rtol=1e-4, newton_max_steps=10, fallback=False)
+
+# Beyond this size elimination written out compiles slowly and gains nothing.
+_WRITTEN_OUT = 4
 
 # Two solutions of the equation of a step that are closer, relatively, are the same.
 _SAME = 1e-4
@@ -52,10 +58,40 @@ Blocks = tuple[
 """$F$, $B$ and $C$ of all steps."""
 
 
+def _eliminate(B: Array, right: Array) -> Array:
+    """Gauss--Jordan elimination with partial pivoting, written out.
+
+    All blocks at once, entry by entry: XLA makes one kernel of it, where a call of
+    LAPACK for each block takes three to six times as long.
+    """
+    n, num_columns = right.shape[1:]
+    rows = [
+        [B[:, i, j] for j in range(n)] + [right[:, i, j] for j in range(num_columns)]
+        for i in range(n)
+    ]
+    for k in range(n):
+        for i in range(k + 1, n):
+            swap = jnp.abs(rows[i][k]) > jnp.abs(rows[k][k])
+            for j in range(k, n + num_columns):
+                upper, lower = rows[k][j], rows[i][j]
+                rows[k][j] = jnp.where(swap, lower, upper)
+                rows[i][j] = jnp.where(swap, upper, lower)
+        for j in range(k + 1, n + num_columns):
+            rows[k][j] = rows[k][j] / rows[k][k]
+        for i in range(n):
+            if i == k:
+                continue
+            for j in range(k + 1, n + num_columns):
+                rows[i][j] = rows[i][j] - rows[i][k] * rows[k][j]
+    return jnp.stack([jnp.stack(row[n:], axis=-1) for row in rows], axis=-2)
+
+
 def solve_blocks(
     B: Float[Array, "steps n n"], right: Float[Array, "steps n columns"]
 ) -> Float[Array, "steps n columns"]:
     """$B_i^{-1} R_i$. A singular block gives what is not finite."""
+    if B.shape[-1] <= _WRITTEN_OUT:
+        return _eliminate(B, right)
 
     def solve_one(B, right):
         solver = lx.LU()
@@ -85,24 +121,27 @@ class AbstractEquationRecurrence(AbstractRecurrence):
     def eps(self):
         return self.flattener.eps * (self.y0.shape[0] // max(self.flattener.size, 1))
 
-    @property
     @abc.abstractmethod
-    def has_unique_steps(self) -> bool:
-        """Whether the equation of a step is known to have one solution (for steps that
-        are not too long), and not several.
-        """
+    def is_near(self, ys: Trajectory) -> Mask:
+        """Whether each step is certain to be the solution nearby: a quick test."""
 
     @abc.abstractmethod
     def defects(self, ys: Trajectory) -> Trajectory:
         """$F_i$ of all steps, differentiable in the leaves of this recurrence."""
 
     @abc.abstractmethod
-    def blocks(self, ys: Trajectory) -> Blocks:
-        """$F_i$, $B_i$ and $C_i$ of all steps."""
+    def blocks(self, ys: Trajectory, exact: bool) -> Blocks:
+        """$F_i$, $B_i$ and $C_i$ of all steps. Derivatives of the solution need the
+        exact ones; the iteration may do with what is cheaper.
+        """
 
     @abc.abstractmethod
     def from_states(self, states: Trajectory) -> Trajectory:
         """A whole trajectory of this recurrence, guessed from the states alone."""
+
+    @abc.abstractmethod
+    def predict_step(self) -> State:
+        """A cheap guess at the end of the first step."""
 
     @abc.abstractmethod
     def dense_info(self, ys: Trajectory) -> dict[str, Any]:
@@ -134,7 +173,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
                 f"{linearisation!r}."
             )
         with tracing_steps():
-            F, B, C = self.blocks(ys)
+            F, B, C = self.blocks(ys, exact=False)
             solved = solve_blocks(B, -jnp.concatenate([F[..., None], C], axis=-1))
             before = jnp.abs(previous_states(self.y0, ys))
             size = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
@@ -146,7 +185,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             _, F_dot = eqx.filter_jvp(
                 lambda recurrence: recurrence.defects(ys), (self,), (tangent,)
             )
-            _, B, C = self.blocks(ys)
+            _, B, C = self.blocks(ys, exact=True)
             # Apart, since only one of them is linear in the tangent.
             A = solve_blocks(B, -C)
             b = solve_blocks(B, -F_dot[..., None])[..., 0]
@@ -159,13 +198,30 @@ class AbstractEquationRecurrence(AbstractRecurrence):
 
     def step(self, index, y):
         one = self._one(jtu.tree_map(lambda x: x[index], self.grid), y)
-        end = _ONE_STEP.iterate(one)
+        # First from a prediction; where that leads nowhere, from where it starts.
+        guesses = jnp.stack([one.predict_step(), y])
+
+        def attempt(carry):
+            count, _, _ = carry
+            end = _ONE_STEP.iterate(one, guesses[count][None])
+            return count + 1, end.ys[0], end.num_good == 1
+
+        _, end, is_good = lax.while_loop(
+            lambda carry: (carry[0] < 2) & ~carry[2],
+            attempt,
+            (jnp.asarray(0, jnp.int32), y, jnp.asarray(False)),
+        )
         # No state that is not a solution passes for one.
-        return jnp.where(end.num_good == 1, end.ys[0], jnp.nan)
+        return jnp.where(is_good, end, jnp.nan)
 
     def is_sequential_answer(self, ys):
-        if self.has_unique_steps or self.num_steps == 1:
+        if self.num_steps == 1:
             return None
+        is_near = self.is_near(ys) | ~self.grid.active
+        return lax.cond(jnp.all(is_near), lambda: is_near, lambda: self._is_same(ys))
+
+    def _is_same(self, ys):
+        """Whether each step by itself, from the state before it, ends there."""
         alone = jax.vmap(self.step)(
             jnp.arange(self.num_steps), previous_states(self.y0, ys)
         )
@@ -242,9 +298,9 @@ class AbstractEquationSolver(diffrax.AbstractSolver):
         del solver_state, made_jump
         grid = Grid(jnp.asarray(t0)[None], jnp.asarray(t1)[None], jnp.ones(1, bool))
         recurrence = self.recurrence(terms, grid, y0, args)
-        solution = solve_recurrence(recurrence, _ONE_STEP)
+        solution = solve_recurrence(recurrence, _ONE_STEP_AT_LAST)
         steps = recurrence.take_steps(solution.ys)
-        y1, y_error, dense_info = jtu.tree_map(
+        y1, y_error, dense_info, result = jtu.tree_map(
             lambda x: x[0],
             (
                 jax.vmap(recurrence.flattener.unflatten)(
@@ -252,11 +308,7 @@ class AbstractEquationSolver(diffrax.AbstractSolver):
                 ),
                 steps.y_error,
                 steps.dense_info,
+                steps.result,
             ),
-        )
-        result = diffrax.RESULTS.where(
-            solution.num_good_steps == 1,
-            diffrax.RESULTS.successful,
-            diffrax.RESULTS.nonlinear_divergence,
         )
         return y1, y_error, dense_info, None, result

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import diffrax
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -47,8 +46,8 @@ class DAETerm(AbstractImplicitTerm):
         $$F(t, y, \dot y, \text{args}) = 0.$$
 
         Not every component of $\dot y$ need appear: an equation without any is a
-        constraint, a component of which only the value appears is algebraic. Of index 1, or
-        of index 2 or 3 in the usual semi-explicit forms (mechanics with constraints).
+        constraint, a component of which only the value appears is algebraic. Of index 1,
+        or of index 2 or 3 in the usual semi-explicit forms (mechanics with constraints).
 
         !!! example
 
@@ -83,7 +82,7 @@ DAETerm.__init__.__doc__ = """**Arguments:**
 
 
 class MassMatrixTerm(AbstractImplicitTerm):
-    r"""$M(t, y, \text{args}) \, \dot y = f(t, y, \text{args})$, where $M$ may be singular.
+    r"""$M(t, y, \text{args}) \, \dot y = f(t, y, \text{args})$ with any matrix $M$.
 
     With a singular mass matrix it is a differential-algebraic equation.
     """

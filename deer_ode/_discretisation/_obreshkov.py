@@ -16,18 +16,31 @@ import diffrax
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax._term import WrapTerm, _ControlToODE
 from jaxtyping import Array, Float
 
+from .._affine import multiply
 from .._custom_types import Args, State, Trajectory, Y
-from .._misc import StateFlattener, previous_states
+from .._misc import StateFlattener, is_reasonable, previous_states
 from ._base import Grid
 from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
+from ._explicit_rk import explicit_rk_step
 from ._hermite import HermiteInterpolation
 from ._step_map import tracing_steps
 
+
+Jacobians = tuple[Float[Array, "steps state state"], ...]
+
+# How many times shorter than for other methods the steps of a coarse guess are.
+_SHORTER = 8
+
+# The end of a step is the one nearby if it is where an explicit step ends, up to this
+# fraction of what the step moves, and this fraction of the state where nothing moves.
+_NEAR = 0.1
+_NEGLIGIBLE = 1e-6
 
 Tower = Float[Array, "derivatives state"]
 
@@ -45,16 +58,39 @@ def coefficients(p: int) -> list[float]:
 def total_derivatives(
     field: Callable[[Any, State], State], t, y: State, num: int
 ) -> Tower:
-    r"""$f, \dot f, \ddot f, \dots$ along the solution, `num` of them."""
-    fields = [field]
-    for _ in range(num - 1):
-        last = fields[-1]
+    r"""$f, \dot f, \ddot f$ along the solution: the first `num` of them.
 
-        def derivative(t, y, last=last):
-            return jax.jvp(last, (t, y), (jnp.ones_like(t), field(t, y)))[1]
+    With the direction $d = (1, f)$ of the solution in time and state, $\dot f = Df \,
+    d$ and $\ddot f = D^2 f \, [d, d] + Df \, (0, \dot f)$. The direction is held fixed
+    where $Df$ is differentiated, which is half the work of differentiating $\dot f$.
+    """
+    f, pushforward = jax.linearize(field, t, y)
+    if num == 1:
+        return f[None]
+    one = jnp.ones_like(t)
+    f_dot = pushforward(one, f)
+    if num == 2:
+        return jnp.stack([f, f_dot])
+    along = lambda t, y: jax.jvp(field, (t, y), (one, f))[1]
+    second = jax.jvp(along, (t, y), (one, f))[1]
+    f_ddot = second + pushforward(jnp.zeros_like(t), f_dot)
+    return jnp.stack([f, f_dot, f_ddot])
 
-        fields.append(derivative)
-    return jnp.stack([g(t, y) for g in fields])
+
+def _with_third(J0: Jacobians, J1: Jacobians, h: Array) -> tuple[Jacobians, ...]:
+    r"""The Jacobians of $f, \dot f, \ddot f$ at both ends, from those of the first two.
+
+    With $S = D^2 f[d, \cdot\,]$, by which $\partial_y \dot f$ exceeds $J^2$, that of
+    $\ddot f$ is $J \, \partial_y \dot f + 2 S J + \dot S$. Along a solution $\dot S$ is
+    the slope of $S$ over the step; the errors that this makes at the two ends cancel to
+    first order. To have it exactly would take longer than all the rest.
+    """
+    S0, S1 = (J[1] - multiply(J[0], J[0]) for J in (J0, J1))
+    slope = (S1 - S0) / h
+    return tuple(
+        (*J, multiply(J[0], J[1]) + 2 * multiply(S, J[0]) + slope)
+        for J, S in ((J0, S0), (J1, S1))
+    )
 
 
 def _is_ode(term) -> bool:
@@ -108,9 +144,14 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         with tracing_steps():
             self.field = eqx.filter_closure_convert(field, first.tprev, self.y0, first)
 
-    @property
-    def has_unique_steps(self):
-        return True
+    def is_near(self, ys):
+        """Whether each step ends about where an explicit step does."""
+        starts = previous_states(self.y0, ys)
+        ends = jax.vmap(self._explicit_step)(starts, self.grid)
+        moved = jnp.max(jnp.abs(ends - starts), axis=-1)
+        size = jnp.max(jnp.abs(starts), axis=-1)
+        distance = jnp.max(jnp.abs(ends - ys), axis=-1)
+        return distance <= _NEAR * moved + _NEGLIGIBLE * size
 
     def _tower(self, num):
         def tower(t, y, x):
@@ -159,30 +200,77 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         start, end = self._at_ends(ys, self._tower(self.num_derivatives))
         return self._combine(ys, start, end, self.num_derivatives)
 
-    def blocks(self, ys):
+    def blocks(self, ys, exact):
         num = self.num_derivatives
+        num_differentiated = num if exact else min(num, 2)
 
-        def with_jacobian(t, y, x):
-            def twice(y):
-                tower = self._tower(num)(t, y, x)
-                return tower, tower
+        def with_jacobians(t, y, x):
+            Js = jax.jacfwd(lambda y: self._tower(num_differentiated)(t, y, x))(y)
+            return tuple(Js), self._tower(num)(t, y, x)
 
-            return jax.jacfwd(twice, has_aux=True)(y)
-
-        (J0, start), (J1, end) = self._at_ends(ys, with_jacobian)
+        (J0, start), (J1, end) = self._at_ends(ys, with_jacobians)
+        # Or the compiler works them out again for each use.
+        J0, start, J1, end = lax.optimization_barrier((J0, start, J1, end))
         h = self._lengths[:, None, None]
-        eye = jnp.broadcast_to(
-            jnp.eye(ys.shape[1], dtype=ys.dtype), (ys.shape[0], *J0.shape[2:])
-        )
+        if num_differentiated < num:
+            J0, J1 = _with_third(J0, J1, jnp.where(h == 0, 1, h))
+        eye = jnp.broadcast_to(jnp.eye(ys.shape[1], dtype=ys.dtype), J0[0].shape)
         B, C = -eye, eye
         for j, c in enumerate(coefficients(num)):
             weight = c * h ** (j + 1)
-            B += weight * (-1) ** j * J1[:, j]
-            C += weight * J0[:, j]
+            B += weight * (-1) ** j * J1[j]
+            C += weight * J0[j]
         return self._combine(ys, start, end, num), B, C
 
     def from_states(self, states):
         return states
+
+    def predict_step(self):
+        return self._explicit_trajectory(1)[0]
+
+    def coarse_trajectory(self, every):
+        """Explicit steps, one after the other; where they are not stable, these."""
+        # These steps are long already, and a guess has to resolve the solution.
+        num_spanned = max(every // _SHORTER, 1)
+        ys = self._explicit_trajectory(num_spanned)
+        return lax.cond(
+            jnp.all(is_reasonable(ys)),
+            lambda: ys,
+            lambda: super(_ObreshkovRecurrence, self).coarse_trajectory(num_spanned),
+        )
+
+    def _explicit_step_and_slope(self, y, x):
+        term = diffrax.ODETerm(lambda t, y, args: self.field(t, y, x))
+        y1, _, info = explicit_rk_step(diffrax.Tsit5(), term, x.tprev, x.tnext, y, None)
+        return y1, info["k"][0]
+
+    def _explicit_step(self, y, x):
+        return self._explicit_step_and_slope(y, x)[0]
+
+    def _explicit_trajectory(self, every):
+        grid = self.grid.coarsen(every)
+        num_coarse = grid.num_steps
+
+        def step(y, x):
+            y1, k = self._explicit_step_and_slope(y, x)
+            return jnp.where(x.active, y1, y), (y, k)
+
+        last, (starts, slopes) = lax.scan(step, self.y0, grid)
+        ends = jnp.concatenate([starts[1:], last[None]])
+        if every == 1:
+            return ends
+        # Hermite's cubic; the last step, which has no slope after it, goes straight.
+        after = jnp.concatenate([slopes[1:], (last - starts[-1])[None]])
+        padding = num_coarse * every - self.num_steps
+        ts = jnp.pad(self.grid.tnext, (0, padding), mode="edge")
+        between = lambda x, y0, y1, k0, k1, t: HermiteInterpolation(
+            t0=x.tprev, t1=x.tnext, y0=y0, y1=y1, derivatives0=(k0,), derivatives1=(k1,)
+        ).evaluate(t)
+        ys = jax.vmap(jax.vmap(between, in_axes=(None,) * 5 + (0,)))(
+            grid, starts, ends, slopes, after, ts.reshape(num_coarse, every)
+        )
+        ys = ys.reshape(num_coarse * every, -1)[: self.num_steps]
+        return jnp.where(self.grid.active[:, None], ys, ends[-1:])
 
     def _num_interpolated(self):
         return 2 if self.num_derivatives > 2 else 1
@@ -226,8 +314,8 @@ class Obreshkov(AbstractEquationSolver, diffrax.AbstractAdaptiveSolver):
     where $f^{(j)}$ is the $j$-th total time derivative of the field along the solution,
     found by forward differentiation: $\dot f = \partial_t f + J f$, and so on. Order 2
     is the trapezoidal rule; order 4 is $y_i = y_{i-1} + \frac h2 (f_{i-1} + f_i) +
-    \frac{h^2}{12} (\dot f_{i-1} - \dot f_i)$. The leading errors are $h^3/12$, $h^5/720$
-    and $h^7/100800$ times a derivative of the solution.
+    \frac{h^2}{12} (\dot f_{i-1} - \dot f_i)$. The leading errors are $h^3/12$,
+    $h^5/720$ and $h^7/100800$ times a derivative of the solution.
 
     In parallel time an implicit formula costs no more than an explicit one: the one
     Newton iteration over the grid solves its equations as well. The field, its
