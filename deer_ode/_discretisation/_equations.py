@@ -122,10 +122,6 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return self.flattener.eps * (self.y0.shape[0] // max(self.flattener.size, 1))
 
     @abc.abstractmethod
-    def is_near(self, ys: Trajectory) -> Mask:
-        """Whether each step is certain to be the solution nearby: a quick test."""
-
-    @abc.abstractmethod
     def defects(self, ys: Trajectory) -> Trajectory:
         """$F_i$ of all steps, differentiable in the leaves of this recurrence."""
 
@@ -136,7 +132,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         """
 
     @abc.abstractmethod
-    def from_states(self, states: Trajectory) -> Trajectory:
+    def from_states(self, states: Float[Array, "steps solution"]) -> Trajectory:
         """A whole trajectory of this recurrence, guessed from the states alone."""
 
     @abc.abstractmethod
@@ -152,10 +148,10 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         """The solution at `t` within the step from `t0` to `t1`."""
 
     @abc.abstractmethod
-    def error_estimate(self, ys: Trajectory) -> Trajectory | None:
+    def error_estimate(self, ys: Trajectory) -> Float[Array, "steps solution"] | None:
         """Of each step, flat; `None` where the method has none."""
 
-    def states(self, ys: Trajectory) -> Trajectory:
+    def states(self, ys: Trajectory) -> Float[Array, "steps solution"]:
         return ys[:, ys.shape[1] - self.flattener.size :]
 
     def flatten(self, ys: PyTree[Array]):
@@ -214,14 +210,10 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         # No state that is not a solution passes for one.
         return jnp.where(is_good, end, jnp.nan)
 
-    def is_sequential_answer(self, ys):
+    def is_same_alone(self, ys: Trajectory) -> Mask | None:
+        """Whether each step by itself, from the state before it, ends there."""
         if self.num_steps == 1:
             return None
-        is_near = self.is_near(ys) | ~self.grid.active
-        return lax.cond(jnp.all(is_near), lambda: is_near, lambda: self._is_same(ys))
-
-    def _is_same(self, ys):
-        """Whether each step by itself, from the state before it, ends there."""
         alone = jax.vmap(self.step)(
             jnp.arange(self.num_steps), previous_states(self.y0, ys)
         )
@@ -264,11 +256,10 @@ class AbstractEquationRecurrence(AbstractRecurrence):
                 y_error = jax.vmap(self.flattener.unflatten)(y_error)
             dense_info = self.dense_info(ys)
         was_solved = jnp.all(jnp.isfinite(ys), axis=-1)
+        failed: Any = diffrax.RESULTS.nonlinear_divergence
         result = jax.vmap(
             lambda solved: diffrax.RESULTS.where(
-                solved,
-                diffrax.RESULTS.successful,
-                diffrax.RESULTS.nonlinear_divergence,
+                solved, diffrax.RESULTS.successful, failed
             )
         )(was_solved)
         return Steps(y_error, dense_info, result)

@@ -46,10 +46,10 @@ class DAETerm(AbstractImplicitTerm):
         $$F(t, y, \dot y, \text{args}) = 0.$$
 
         Not every component of $\dot y$ need appear: an equation without any is a
-        constraint, a component of which only the value appears is algebraic. Of index 1,
-        or of index 2 or 3 in the usual semi-explicit forms (mechanics with constraints).
+    constraint, and a component of which only the value appears is algebraic. The index
+    may be 1, or 2 or 3 in the usual forms (mechanics with constraints).
 
-        !!! example
+    !!! example
 
             A pendulum in Cartesian coordinates; `tension` keeps it on the unit circle.
 
