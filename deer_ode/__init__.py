@@ -25,6 +25,7 @@ from ._linearisation import (
     AbstractLinearisation as AbstractLinearisation,
     Dense as Dense,
     Diagonal as Diagonal,
+    PairedDiagonal as PairedDiagonal,
 )
 from ._newton import Newton as Newton
 from ._parallel_adjoint import ParallelAdjoint as ParallelAdjoint

@@ -31,12 +31,18 @@ def _is_dense(A: Propagators, b: Trajectory) -> bool:
 
 
 def apply(A: Array, y: Array) -> Array:
-    """$A y$, batched over leading axes; `A` is dense or the diagonal.
+    """$A y$, batched over leading axes, for each kind of `A`.
 
-    A dense `A` of fewer columns than `y` has entries acts on the last of them.
+    As many axes as `y`: the diagonal. One more: dense; with fewer columns than `y` has
+    entries it acts on the last of them. Two more: the diagonals of four blocks, of
+    shape `(2, 2, half)`, that act on two halves of the state.
     """
     if A.ndim == y.ndim:
         return A * y
+    if A.ndim == y.ndim + 2:
+        # Not -1: the associative scan composes no steps at all as well.
+        halves = y.reshape(*y.shape[:-1], 2, y.shape[-1] // 2)
+        return jnp.sum(A * halves[..., None, :, :], axis=-2).reshape(y.shape)
     y = y[..., y.shape[-1] - A.shape[-1] :]
     if y.shape[-1] <= _SMALL:
         return jnp.sum(A * y[..., None, :], axis=-1)
@@ -58,7 +64,17 @@ def _compose(first, second):
     A1, b1 = first
     A2, b2 = second
     b = apply(A2, b1) + b2
-    return (A2 * A1 if A1.ndim == b1.ndim else multiply(A2, A1)), b
+    if A1.ndim == b1.ndim:
+        return A2 * A1, b
+    if A1.ndim == b1.ndim + 2:
+        return jnp.sum(A2[..., :, :, None, :] * A1[..., None, :, :, :], axis=-3), b
+    return multiply(A2, A1), b
+
+
+def _transpose(A: Propagators, b: Trajectory) -> Propagators:
+    if A.ndim == b.ndim:
+        return A
+    return jnp.swapaxes(A, *((-1, -2) if _is_dense(A, b) else (-2, -3)))
 
 
 def sequential_scan(A: Propagators, b: Trajectory, reverse: bool) -> Trajectory:
@@ -126,9 +142,7 @@ def affine_solve(A: Propagators, b: Trajectory, reverse: bool = False) -> Trajec
         return _from_tail(affine_solve, A, b, reverse)
     # The transpose of "multiply the neighbour by mine" is "multiply by the
     # neighbour's, transposed".
-    A_transpose = _shift(A, not reverse)
-    if _is_dense(A, b):
-        A_transpose = jnp.swapaxes(A_transpose, -1, -2)
+    A_transpose = _transpose(_shift(A, not reverse), b)
     return lax.custom_linear_solve(
         lambda ys: ys - apply(A, _shift(ys, reverse)),
         b,

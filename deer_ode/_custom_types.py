@@ -16,7 +16,13 @@ State: TypeAlias = Float[Array, " state"]
 Trajectory: TypeAlias = Float[Array, "steps state"]
 """States after each step, the initial one excluded."""
 
-Propagators: TypeAlias = Float[Array, "steps state state"] | Float[Array, "steps state"]
-"""One transition matrix per step, dense or by its diagonal."""
+Propagators: TypeAlias = (
+    Float[Array, "steps rows columns"]
+    | Float[Array, "steps state"]
+    | Float[Array, "steps 2 2 half"]
+)
+"""One transition matrix per step: dense (with fewer columns than rows where only the
+last entries of a state pass on), by its diagonal, or by the diagonals of four blocks.
+"""
 
 Mask: TypeAlias = Bool[Array, " steps"]

@@ -103,7 +103,7 @@ class PolynomialInterpolation(diffrax.AbstractLocalInterpolation):
         s = jnp.where(length == 0, 0, (t0 - self.t0) / safe)
 
         def horner(y0, coefficients):
-            fraction = s.astype(jnp.real(y0).dtype)
+            fraction = s.astype(jnp.asarray(y0).dtype)
             value = jnp.zeros_like(y0)
             for k in reversed(range(coefficients.shape[0])):
                 value = (value + coefficients[k]) * fraction

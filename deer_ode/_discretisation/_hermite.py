@@ -51,7 +51,7 @@ class HermiteInterpolation(diffrax.AbstractLocalInterpolation):
 
         def combine(*values):
             terms = [
-                jnp.asarray(w, jnp.real(v).dtype) * v
+                jnp.asarray(w, jnp.asarray(v).dtype) * v
                 for w, v in zip(weights, values, strict=True)
             ]
             return sum(terms[1:], terms[0])

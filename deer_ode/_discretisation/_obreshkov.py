@@ -163,8 +163,12 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
             distance = jnp.max(jnp.abs(ends - ys), axis=-1)
             return distance <= _NEAR * moved + _NEGLIGIBLE * size
 
-        linear = self._linearly_implicit_steps(starts)
-        return is_near(explicit) | is_near(linear) | ~self.grid.active
+        near = is_near(explicit) | ~self.grid.active
+        return lax.cond(
+            jnp.all(near),
+            lambda: near,
+            lambda: near | is_near(self._linearly_implicit_steps(starts)),
+        )
 
     def _linearly_implicit_steps(self, starts):
         """One Newton iteration for each step by itself, from where it starts."""

@@ -1,0 +1,80 @@
+"""`PairedDiagonal`: many oscillators, coupled weakly or not at all."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+from deer_ode import DEER, Newton, PairedDiagonal, StormerVerlet, diffeqsolve
+
+from .helpers import assert_close, rounding
+
+
+NUM_OSCILLATORS = 5
+
+
+def chain(coupling):
+    """Pendulums in a row, joined by springs."""
+
+    def force(t, q, args):
+        del t
+        after = jnp.concatenate([q[1:], q[-1:]])
+        before = jnp.concatenate([q[:1], q[:-1]])
+        return -args * jnp.sin(q) + coupling * (after - 2 * q + before)
+
+    terms = (diffrax.ODETerm(lambda t, p, args: p), diffrax.ODETerm(force))
+    q0, p0 = jr.normal(jr.key(0), (2, NUM_OSCILLATORS))
+    return terms, (q0, p0)
+
+
+def solve(coupling, gravity, method=None):
+    terms, y0 = chain(coupling)
+    kwargs = dict(saveat=diffrax.SaveAt(steps=True), max_steps=200)
+    if method is None:
+        return diffrax.diffeqsolve(
+            terms, StormerVerlet(), 0.0, 8.0, 0.04, y0, gravity, **kwargs
+        )
+    return diffeqsolve(
+        terms, DEER(StormerVerlet(), method), 0.0, 8.0, 0.04, y0, gravity, **kwargs
+    )
+
+
+@pytest.mark.parametrize("coupling", (0.0, 1e-3))
+@pytest.mark.parametrize("elementwise", (False, True))
+def test_the_answer_is_the_sequential_one(coupling, elementwise):
+    method = Newton(linearisation=PairedDiagonal(elementwise=elementwise))
+    gravity = jnp.array(1.3)
+    sol = solve(coupling, gravity, method)
+    expected = solve(coupling, gravity)
+    assert_close(sol.ys, expected.ys, rounding())
+    assert int(sol.stats["num_fallback_steps"]) == 0
+    # Without coupling it is Newton's method itself.
+    exact = solve(coupling, gravity, Newton())
+    iterations = [int(s.stats["num_newton_steps"]) for s in (sol, exact)]
+    if coupling == 0:
+        assert iterations[0] == iterations[1]
+    else:
+        assert iterations[0] > iterations[1]
+
+
+def test_gradients_are_exact_where_the_linearisation_is_not():
+    def loss(gravity, method):
+        q, _ = solve(0.01, gravity, method).ys
+        return jnp.sum(q[-1] ** 2)
+
+    method = Newton(linearisation=PairedDiagonal())
+    actual, expected = (jax.grad(loss)(jnp.array(1.3), m) for m in (method, None))
+    assert_close(actual, expected, rounding())
+
+
+def test_memory_does_not_grow_with_the_square_of_the_state():
+    sizes = [PairedDiagonal().num_bytes(1000, n, jnp.float64) for n in (16, 32)]
+    assert sizes[1] == 2 * sizes[0] == 2 * 1000 * 2 * 16 * 8
+
+
+def test_an_odd_state_is_refused():
+    term = diffrax.ODETerm(lambda t, y, args: -y)
+    method = Newton(linearisation=PairedDiagonal())
+    with pytest.raises(ValueError, match="two halves.*3 numbers"):
+        diffeqsolve(term, DEER(diffrax.Heun(), method), 0.0, 1.0, 0.1, jnp.ones(3))
