@@ -129,3 +129,42 @@ def test_bad_values(arguments, capsys):
         main(arguments)
     assert info.value.code == 2
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_times_at_equal_error_are_interpolated():
+    from benchmarks import _work_precision
+
+    def row(solver, error, seconds):
+        return dict(problem="p", solver=solver, error=error, times=dict(median=seconds))
+
+    rows = [
+        row("DEER()", 1e-4, 1.0),
+        row("DEER()", 1e-8, 4.0),
+        row("DEER(Tsit5())", 1e-3, 2.0),
+        row("DEER(Tsit5())", 1e-7, 8.0),
+    ]
+    # Half way in the logarithm of the error is half way in that of the time.
+    assert abs(_work_precision.time_at(rows, "p", "DEER()", 1e-6) - 2.0) < 1e-12
+    assert abs(_work_precision.time_at(rows, "p", "DEER(Tsit5())", 1e-5) - 4.0) < 1e-12
+    assert _work_precision.time_at(rows, "p", "DEER(Tsit5())", 1e-8) is None
+    table = _work_precision.table(rows)
+    assert "| p | 1e-04 | 1000.00 |" in table
+    assert "1e-08" not in table
+
+
+def test_work_against_error_of_every_problem_is_that_of_its_method():
+    """The fields are right: stock Diffrax comes as close to the reference."""
+    import diffrax
+    import jax.numpy as jnp
+
+    from benchmarks import _work_precision
+
+    for name, (field, y0, t1, counts) in _work_precision.problems().items():
+        reference = _work_precision._reference(field, jnp.asarray(y0), t1)
+        num_steps = counts["DEER(Tsit5())"][-1]
+        term = diffrax.ODETerm(lambda t, y, args, field=field: field(t, y))
+        ys = diffrax.diffeqsolve(
+            term, diffrax.Tsit5(), 0.0, t1, t1 / num_steps, jnp.asarray(y0),
+            max_steps=num_steps,
+        ).ys[0]  # fmt: skip
+        assert float(jnp.max(jnp.abs(ys - reference))) < 1e-7, name

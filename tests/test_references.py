@@ -1,7 +1,10 @@
-"""Published solutions of initial value problems, by `DEER(Dopri8())` on fixed grids.
+"""Published solutions of initial value problems.
+
+Those that are not stiff by `DEER(Dopri8())`, and by `DEER()`, on fixed steps; the stiff
+ones by `DEER(RadauIIA(3))` on graded grids.
 
 The problems are read from a file that does not belong to the package: skipped, saying
-so, where there is none. `python -m tests.test_references` prints the table of
+so, where there is none. `python -m tests.test_references` prints the tables of
 `docs/reference-problems.md`.
 """
 
@@ -100,6 +103,55 @@ PROBLEMS = {
 }  # fmt: skip
 
 
+# What order 6 leaves on the steps chosen for order 8.
+DEFAULT_TOLERANCES = {"DETEST-D5": 1e-7, "Arenstorf": 2e-4}
+
+
+def robertson(t, y, args):
+    del t, args
+    a, b, c = y
+    first, second, third = 0.04 * a, 3e7 * b * b, 1e4 * b * c
+    return jnp.stack([third - first, first - second - third, second])
+
+
+def stiff_van_der_pol(t, y, args):
+    del t, args
+    return jnp.stack([y[1], 1e6 * ((1 - y[0] ** 2) * y[1] - y[0])])
+
+
+def graded(first, last, num_steps):
+    """Zero, and `num_steps` points from `first` to `last` in a geometric series."""
+    return np.concatenate([[0.0], np.geomspace(first, last, num_steps)])
+
+
+def radau_grid(field, t1, y0, rtol=1e-6, points=()):
+    """The steps that SciPy's Radau method chooses for this tolerance, each halved."""
+    from scipy.integrate import solve_ivp
+
+    jacobian = jax.jit(jax.jacfwd(lambda y: field(0.0, y, None)))
+    value = jax.jit(lambda y: field(0.0, y, None))
+    ts = solve_ivp(
+        lambda t, y: np.asarray(value(y)),
+        (0.0, t1),
+        y0,
+        method="Radau",
+        rtol=rtol,
+        atol=1e-3 * rtol,
+        jac=lambda t, y: np.asarray(jacobian(y)),
+    ).t
+    return np.unique(np.concatenate([ts, (ts[1:] + ts[:-1]) / 2, points]))
+
+
+# name: (field, grid)
+STIFF_PROBLEMS = {
+    "VanDerPol-stiff": (
+        stiff_van_der_pol,
+        lambda p: radau_grid(stiff_van_der_pol, p["t1"], p["y0"]),
+    ),
+    "Robertson": (robertson, lambda p: graded(1e-6, p["t1"], 200)),
+}
+
+
 def load():
     return {p["name"]: p for p in json.loads(FILE.read_text())["problems"]}
 
@@ -112,15 +164,32 @@ def reference(problem):
     return y
 
 
-def solve(problem):
+def solve(problem, solver=None):
     import deer_ode
 
     field, num_steps = PROBLEMS[problem["name"]]
     t0, t1 = problem["t0"], problem["t1"]
     term = diffrax.ODETerm(lambda t, y, args: field(t, y))
     y0 = jnp.asarray(problem["y0"], jnp.float64)
-    solver = deer_ode.DEER(diffrax.Dopri8())
+    solver = deer_ode.DEER(diffrax.Dopri8()) if solver is None else solver
     return deer_ode.diffeqsolve(term, solver, t0, t1, (t1 - t0) / num_steps, y0)
+
+
+def solve_stiff(field, ts, y0, saveat=None):
+    import deer_ode
+
+    ts = jnp.asarray(ts)
+    method = deer_ode.Newton(guess=deer_ode.Coarse(2))
+    return deer_ode.diffeqsolve(
+        diffrax.ODETerm(field),
+        deer_ode.DEER(deer_ode.RadauIIA(3), method),
+        ts[0],
+        ts[-1],
+        None,
+        jnp.asarray(y0, jnp.float64),
+        stepsize_controller=diffrax.StepTo(ts),
+        saveat=diffrax.SaveAt(t1=True) if saveat is None else saveat,
+    )
 
 
 def error_of(sol, problem):
@@ -129,7 +198,16 @@ def error_of(sol, problem):
     return float(np.max(np.abs(np.asarray(sol.ys[0]) - y_ref)) / np.max(np.abs(y_ref)))
 
 
-@pytest.mark.skipif(not FILE.exists(), reason=f"no reference problems at {FILE}")
+def componentwise_error(ys, y_ref):
+    return float(np.max(np.abs(np.asarray(ys) / np.asarray(y_ref) - 1)))
+
+
+needs_file = pytest.mark.skipif(
+    not FILE.exists(), reason=f"no reference problems at {FILE}"
+)
+
+
+@needs_file
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_reference(name):
     problem = load()[name]
@@ -138,26 +216,85 @@ def test_reference(name):
     assert error_of(sol, problem) < 1e-9
 
 
-@pytest.mark.skipif(not FILE.exists(), reason=f"no reference problems at {FILE}")
-def test_every_explicit_problem_is_here():
-    assert set(PROBLEMS) == {name for name, p in load().items() if not p["stiff"]}
+@pytest.mark.slow
+@needs_file
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_reference_by_the_default(name):
+    import deer_ode
+
+    problem = load()[name]
+    sol = solve(problem, deer_ode.DEER())
+    assert int(sol.stats["num_fallback_steps"]) == 0
+    assert error_of(sol, problem) < DEFAULT_TOLERANCES.get(name, 1e-8)
+
+
+@needs_file
+@pytest.mark.parametrize("name", STIFF_PROBLEMS)
+def test_stiff_reference(name):
+    problem = load()[name]
+    field, grid = STIFF_PROBLEMS[name]
+    sol = solve_stiff(field, grid(problem), problem["y0"])
+    assert int(sol.stats["num_fallback_steps"]) == 0
+    assert componentwise_error(sol.ys[0], problem["y_ref"]) < 1e-6
+
+
+@pytest.mark.slow
+@needs_file
+def test_van_der_pol_to_11():
+    problem = load()["VanDerPol-stiff"]
+    values = problem["extra_references"]["values"]
+    save = np.arange(1.0, 12.0)
+    ts = radau_grid(stiff_van_der_pol, 11.0, problem["y0"], points=save)
+    saveat = diffrax.SaveAt(ts=jnp.asarray(save))
+    sol = solve_stiff(stiff_van_der_pol, ts, problem["y0"], saveat)
+    y_ref = [values[str(i)] for i in range(1, 12)]
+    assert componentwise_error(sol.ys, y_ref) < 1e-6
+
+
+@needs_file
+def test_every_problem_is_here():
+    problems = load()
+    assert set(PROBLEMS) == {name for name, p in problems.items() if not p["stiff"]}
+    assert set(STIFF_PROBLEMS) == {name for name, p in problems.items() if p["stiff"]}
+
+
+def _row(*entries):
+    print("| " + " | ".join(str(x) for x in entries) + " |", flush=True)
+
+
+def _print_row(problem, num_steps, sol, error):
+    _row(
+        problem["name"],
+        problem["dim"],
+        f"{num_steps:,}",
+        int(sol.stats["num_newton_steps"]),
+        int(sol.stats["num_fallback_steps"]),
+        f"{error:.1e}",
+    )
 
 
 def main():
+    import deer_ode
+
     jax.config.update("jax_enable_x64", True)
-    print("| problem | states | steps | Newton steps | finished sequentially | error |")
-    print("|---|---|---|---|---|---|")
-    for name, problem in load().items():
-        if name not in PROBLEMS:
-            continue
-        sol = solve(problem)
-        stats = sol.stats
-        print(
-            f"| {name} | {problem['dim']} | {PROBLEMS[name][1]:,} | "
-            f"{int(stats['num_newton_steps'])} | {int(stats['num_fallback_steps'])} | "
-            f"{error_of(sol, problem):.1e} |",
-            flush=True,
-        )
+    problems = load()
+    header = "problem", "states", "steps", "Newton steps", "finished sequentially"
+    for solver in (deer_ode.DEER(diffrax.Dopri8()), deer_ode.DEER()):
+        print(f"\n{type(solver.solver).__name__}\n")
+        _row(*header, "error")
+        _row(*["---"] * 6)
+        for name, (_, num_steps) in PROBLEMS.items():
+            sol = solve(problems[name], solver)
+            _print_row(problems[name], num_steps, sol, error_of(sol, problems[name]))
+    print("\nRadauIIA(3)\n")
+    _row(*header, "componentwise error")
+    _row(*["---"] * 6)
+    for name, (field, grid) in STIFF_PROBLEMS.items():
+        problem = problems[name]
+        ts = grid(problem)
+        sol = solve_stiff(field, ts, problem["y0"])
+        error = componentwise_error(sol.ys[0], problem["y_ref"])
+        _print_row(problem, len(ts) - 1, sol, error)
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
         return None
 
 
-class _AbstractCollocation(AbstractEquationSolver):
+class AbstractCollocation(AbstractEquationSolver):
     term_structure: ClassVar = diffrax.AbstractTerm
     interpolation_cls: ClassVar[Callable[..., PolynomialInterpolation]] = (
         PolynomialInterpolation
@@ -320,7 +320,7 @@ def _check_num_stages(solver) -> None:
         )
 
 
-class RadauIIA(_AbstractCollocation):
+class RadauIIA(AbstractCollocation):
     r"""Radau IIA methods: for stiff equations and differential-algebraic ones.
 
     Collocation at the $s$ nodes of Radau, of which the last is the end of the step:
@@ -358,7 +358,7 @@ RadauIIA.__init__.__doc__ = """**Arguments:**
 """
 
 
-class GaussLegendre(_AbstractCollocation):
+class GaussLegendre(AbstractCollocation):
     r"""Gauss--Legendre methods: symplectic, and of the highest order there is.
 
     Collocation at the $s$ nodes of Gauss: order $2s$, A-stable, and symplectic for

@@ -26,16 +26,18 @@ _NUM_ITERATIONS = 20
 
 
 class InitialValues(NamedTuple):
-    """What [`deer_ode.consistent_initial_values`][] returns."""
+    """What [`deer_ode.consistent_initial_values`][] returns.
+
+    - `y0`: the initial state, its algebraic components worked out.
+    - `residual`: what the equation and its derivatives leave: the largest entry, in
+        units of the terms that should cancel. Of the size of rounding where `y0` is
+        consistent.
+    - `correction`: the largest change of a component of the state.
+    """
 
     y0: Y
-    """The initial state, its algebraic components worked out."""
     residual: Float[Array, ""]
-    """What the equation and its derivatives leave: the largest entry, in units of the
-    terms that should cancel. Of the size of rounding where `y0` is consistent.
-    """
     correction: Float[Array, ""]
-    """The largest change of a component of the state."""
 
 
 def consistent_initial_values(

@@ -1,0 +1,177 @@
+"""Stiff problems, each with the solver that is for it, and what the others do there."""
+
+import functools as ft
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import deer_ode
+from deer_ode import DEER, AveragedExponential, Coarse, Exprb43, Newton, RadauIIA
+
+from .helpers import rounding, van_der_pol
+from .test_references import graded, robertson
+
+
+def solve(field, solver, ts, y0, *, method=None, args=None, throw=True):
+    ts = jnp.asarray(ts)
+    return deer_ode.diffeqsolve(
+        diffrax.ODETerm(field),
+        DEER(solver, Newton() if method is None else method),
+        ts[0],
+        ts[-1],
+        None,
+        jnp.asarray(y0),
+        args,
+        stepsize_controller=diffrax.StepTo(ts),
+        saveat=diffrax.SaveAt(t0=True, steps=True),
+        throw=throw,
+    )
+
+
+def final(sol, num_steps):
+    return np.asarray(sol.ys)[num_steps]
+
+
+# --- the test of the DEER paper's first implementation --------------------------------
+
+# Its field: cubic damping, a forcing, and a small network. There it is solved on
+# 10,000 points, for want of the matrix exponential on fewer.
+
+
+def _forced_network(t, y, args):
+    inner, outer = args
+    hidden = jax.nn.relu(inner @ y)
+    return 3 + 30 * jnp.sin(6 * t) - 10 * y**3 - 6 * jnp.tanh(outer @ hidden)
+
+
+@ft.cache
+def _forced_network_problem():
+    inner, outer, start = jr.split(jr.key(0), 3)
+    args = (
+        jr.uniform(inner, (4, 4), jnp.float64, -1.0, 1.0) / 2,
+        jr.uniform(outer, (4, 4), jnp.float64) / 2,
+    )
+    return args, jr.uniform(start, (4,), jnp.float64)
+
+
+# Measured: 8.7e-5, 1.7e-5 (the field has kinks), 4.9e-3 and 5.6e-4.
+@pytest.mark.parametrize(
+    "solver, num_points, tol",
+    [
+        (None, 100, 2e-4),
+        (None, 300, 5e-5),
+        (AveragedExponential(), 100, 1e-2),
+        pytest.param(AveragedExponential(), 300, 1.5e-3, marks=pytest.mark.slow),
+    ],
+)
+def test_the_papers_field_on_few_points(solver, num_points, tol):
+    args, y0 = _forced_network_problem()
+    term = diffrax.ODETerm(_forced_network)
+    ts = jnp.linspace(0.0, 1.0, num_points)
+    kwargs = dict(
+        stepsize_controller=diffrax.StepTo(ts),
+        saveat=diffrax.SaveAt(steps=True),
+    )
+    method = Newton(fallback=False)  # which fails where it does not converge
+    deer = DEER(method=method) if solver is None else DEER(solver, method)
+    sol = deer_ode.diffeqsolve(term, deer, 0.0, 1.0, None, y0, args, **kwargs)
+    ys = sol.ys[: num_points - 1]
+    assert bool(jnp.all(jnp.isfinite(ys)))
+    assert int(sol.stats["num_newton_steps"]) <= 8
+
+    twin = diffrax.diffeqsolve(
+        term, deer.solver, 0.0, 1.0, None, y0, args, max_steps=num_points - 1, **kwargs
+    )
+    np.testing.assert_allclose(ys, twin.ys, rtol=0, atol=rounding())
+
+    fine = diffrax.diffeqsolve(
+        term,
+        diffrax.Dopri8(),
+        0.0,
+        1.0,
+        1e-4,
+        y0,
+        args,
+        saveat=diffrax.SaveAt(ts=ts[1:]),
+        max_steps=10_100,
+    )
+    np.testing.assert_allclose(ys, fine.ys, rtol=0, atol=tol)
+
+
+# --- a linear system with eigenvalues -1 and -1e6 -------------------------------------
+
+_MODES = np.array([[1.0, 1.0], [1.0, 2.0]])
+_LINEAR = _MODES @ np.diag([-1.0, -1e6]) @ np.linalg.inv(_MODES)
+
+
+def _linear(t, y, args):
+    del t, args
+    return jnp.asarray(_LINEAR) @ y
+
+
+# Of both modes only solvers that damp what is stiff get rid; the slow one is for all.
+@pytest.mark.parametrize(
+    "solver, modes",
+    [
+        (deer_ode.Obreshkov(), (1.0, 0.0)),
+        (RadauIIA(), (1.0, 0.0)),
+        (RadauIIA(), (1.0, 1.0)),
+        pytest.param(Exprb43(), (1.0, 0.0), marks=pytest.mark.slow),
+        (Exprb43(), (1.0, 1.0)),
+    ],
+)
+def test_linear_system(solver, modes):
+    sol = solve(_linear, solver, np.linspace(0.0, 1.0, 65), _MODES @ np.array(modes))
+    np.testing.assert_allclose(
+        final(sol, 64), _MODES @ np.array([np.exp(-1.0), 0.0]), rtol=1e-8
+    )
+    # The matrix exponential of a stiff step is not exact to the last digits.
+    assert int(sol.stats["num_fallback_steps"]) <= (2 if solver == Exprb43() else 0)
+
+
+def test_obreshkov_does_not_damp():
+    """It is stable, and no more: what is infinitely stiff alternates."""
+    start = _MODES @ np.array([0.0, 1.0])
+    sol = solve(_linear, deer_ode.Obreshkov(), np.linspace(0.0, 1.0, 65), start)
+    size = np.max(np.abs(final(sol, 64))) / np.max(np.abs(start))
+    assert 0.9 < size <= 1.001
+
+
+# --- Robertson to 40 and Van der Pol in the usual scaling -----------------------------
+
+
+# The value is that of Hairer and Wanner, to all of its digits.
+_ROBERTSON_40 = np.array([0.7158270688, 9.185534765e-6, 0.2841637457])
+
+
+def test_robertson_to_40():
+    ts = graded(1e-6, 40.0, 200)
+    sol = solve(
+        robertson,
+        RadauIIA(),
+        ts,
+        [1.0, 0.0, 0.0],
+        method=Newton(guess=Coarse(2), fallback=False),
+    )
+    np.testing.assert_allclose(final(sol, len(ts) - 1), _ROBERTSON_40, rtol=2e-9)
+    total = jnp.sum(sol.ys[: len(ts)], axis=1)
+    np.testing.assert_allclose(total, 1.0, rtol=0, atol=rounding())
+
+
+@pytest.mark.slow
+def test_van_der_pol_with_mu_1000():
+    """The problem of the test sets with its time a thousand times longer."""
+    from .test_references import radau_grid
+
+    mu = 1000.0
+    field = lambda t, y, args: van_der_pol(t, y, mu)
+    ts = radau_grid(field, 2 * mu, [2.0, 0.0])
+    sol = solve(field, RadauIIA(), ts, [2.0, 0.0], method=Newton(guess=Coarse(2)))
+    assert int(sol.stats["num_fallback_steps"]) == 0
+    np.testing.assert_allclose(
+        final(sol, len(ts) - 1), [1.706167732170483, -0.8928097010247975e-3], rtol=1e-8
+    )
