@@ -7,7 +7,6 @@ import argparse
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -104,8 +103,7 @@ def _reference(field, y0, t1):
         y0,
         max_steps=num_steps + 1,
     )
-    ys: Any = sol.ys
-    return ys[0]
+    return np.asarray(sol.ys)[0]
 
 
 def run(repeats: int, only: int | None = None) -> list[dict]:

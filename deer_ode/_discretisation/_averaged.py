@@ -90,6 +90,10 @@ class _AveragedRecurrence(AbstractEquationRecurrence):
     def is_sequential_answer(self, ys):
         return self.is_same_alone(ys)
 
+    @property
+    def may_be_singular(self):
+        return False
+
     def from_states(self, states):
         return states
 

@@ -268,6 +268,10 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
         C = jnp.where(active, C, jnp.tile(eye, (num_entries, 1))[None])
         return self._assemble(ys, values, starts, stages, ends), B, C
 
+    @property
+    def may_be_singular(self):
+        return not self.is_solved
+
     def from_states(self, states):
         starts = previous_states(self.y0[-self.flattener.size :], states)
         c = self._constant([*self.nodes.c, 1.0][: self._num_entries])[None, :, None]

@@ -102,6 +102,18 @@ def solve_blocks(
     return jax.vmap(solve_one)(B, right)
 
 
+def is_singular(B: Float[Array, "steps n n"]) -> Mask:
+    """Which blocks are singular to rounding, whatever the units of rows and columns."""
+    for axis in (2, 1):
+        largest = jnp.max(jnp.abs(B), axis=axis, keepdims=True)
+        B = B / jnp.where(largest == 0, 1, largest)
+    lu, _, _ = lax.linalg.lu(B)
+    pivots = jnp.abs(jnp.diagonal(lu, axis1=1, axis2=2))
+    eps = B.shape[-1] * jnp.finfo(B.dtype).eps
+    # Written so that NaN is not singular: it is worse, and found elsewhere.
+    return jnp.any(pivots <= eps, axis=-1)
+
+
 class AbstractEquationRecurrence(AbstractRecurrence):
     """A recurrence whose steps are equations between both ends.
 
@@ -130,6 +142,11 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         """$F_i$, $B_i$ and $C_i$ of all steps. Derivatives of the solution need the
         exact ones; the iteration may do with what is cheaper.
         """
+
+    @property
+    @abc.abstractmethod
+    def may_be_singular(self) -> bool:
+        """Whether a step may have no solution, or many, for every length of it."""
 
     @abc.abstractmethod
     def from_states(self, states: Float[Array, "steps solution"]) -> Trajectory:
@@ -170,6 +187,9 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             )
         with tracing_steps():
             F, B, C = self.blocks(ys, exact=False)
+            if self.may_be_singular:
+                # No solution of a singular system passes for the solution.
+                F = jnp.where(is_singular(B)[:, None], jnp.nan, F)
             solved = solve_blocks(B, -jnp.concatenate([F[..., None], C], axis=-1))
             before = jnp.abs(previous_states(self.y0, ys))
             size = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)

@@ -43,29 +43,28 @@ class AbstractImplicitTerm(diffrax.AbstractTerm):
 class DAETerm(AbstractImplicitTerm):
     r"""A fully implicit differential-algebraic equation.
 
-        $$F(t, y, \dot y, \text{args}) = 0.$$
+    $$F(t, y, \dot y, \text{args}) = 0.$$
 
-        Not every component of $\dot y$ need appear: an equation without any is a
+    Not every component of $\dot y$ need appear: an equation without any is a
     constraint, and a component of which only the value appears is algebraic. The index
     may be 1, or 2 or 3 in the usual forms (mechanics with constraints).
 
     !!! example
 
-            A pendulum in Cartesian coordinates; `tension` keeps it on the unit circle.
+        A pendulum in Cartesian coordinates; `tension` keeps it on the unit circle.
 
-            >>> import jax.numpy as jnp
-    import jax.tree_util as jtu
-            >>> from deer_ode import DAETerm, DEER, RadauIIA, diffeqsolve
-            >>> def pendulum(t, y, dy, gravity):
-            ...     (q, v, tension), (dq, dv, _) = y, dy
-            ...     weight = jnp.array([0.0, 1.0]) * gravity
-            ...     return dq - v, dv + tension * q + weight, jnp.sum(q**2) - 1
-            >>> y0 = (jnp.array([1.0, 0.0]), jnp.zeros(2), jnp.array(0.0))
-            >>> sol = diffeqsolve(
-            ...     DAETerm(pendulum), DEER(RadauIIA()), 0, 1, 0.02, y0, args=9.81
-            ... )
-            >>> round(float(jnp.sum(sol.ys[0] ** 2)), 5)
-            1.0
+        >>> import jax.numpy as jnp
+        >>> from deer_ode import DAETerm, DEER, RadauIIA, diffeqsolve
+        >>> def pendulum(t, y, dy, gravity):
+        ...     (q, v, tension), (dq, dv, _) = y, dy
+        ...     weight = jnp.array([0.0, 1.0]) * gravity
+        ...     return dq - v, dv + tension * q + weight, jnp.sum(q**2) - 1
+        >>> y0 = (jnp.array([1.0, 0.0]), jnp.zeros(2), jnp.array(0.0))
+        >>> sol = diffeqsolve(
+        ...     DAETerm(pendulum), DEER(RadauIIA()), 0, 1, 0.02, y0, args=9.81
+        ... )
+        >>> round(float(jnp.sum(sol.ys[0] ** 2)), 5)
+        1.0
     """
 
     function: Callable[[Any, Y, Y, Args], PyTree[Array]]

@@ -258,6 +258,10 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
             C += weight * J0[j]
         return self._combine(ys, start, end, num), B, C
 
+    @property
+    def may_be_singular(self):
+        return False
+
     def from_states(self, states):
         return states
 

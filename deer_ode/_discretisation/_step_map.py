@@ -6,6 +6,7 @@ nothing but the state passes from step to step, so all steps can be taken at onc
 
 import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -21,6 +22,7 @@ from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_stat
 from .._recurrence import AbstractMapRecurrence
 from ._base import Grid
 from ._explicit_rk import explicit_rk_step, is_explicit_rk
+from ._increments import Draw, record_draw
 
 
 # These keep a state between steps, but compute the same from nothing when told that
@@ -130,12 +132,31 @@ def interpolate_step(solver, terms, t0, t1, y0: Y, args: Args, t) -> Y:
     return solver.interpolation_cls(t0=t0, t1=t1, **dense_info).evaluate(t)
 
 
+class StepInputs(NamedTuple):
+    """What tells one step from another; the fields are stacked over the grid."""
+
+    grid: Grid
+    increments: list[PyTree[Array]]
+    """Of the Brownian paths, if any. Padding has those of the first step."""
+
+
+def times_of(x: Grid, first: Grid):
+    """From where to where a step goes; padding repeats the first one.
+
+    A step of no length need not be harmless: zero times infinity, or a Brownian
+    increment divided by its length. The first step has to be fine anyway.
+    """
+    select = lambda a, b: jnp.where(x.active, a, b)
+    return select(x.tprev, first.tprev), select(x.tnext, first.tnext)
+
+
 class StepMap(AbstractMapRecurrence):
     """The steps of a one-step solver over a grid."""
 
-    f: Callable[[State, Grid], State]
+    f: Callable[[State, StepInputs], State]
     y0: Float[Array, " state"]
-    xs: Grid
+    xs: StepInputs
+    draw: Draw
     interpolate: Callable[..., State]
     flattener: StateFlattener
     is_explicit: bool = eqx.field(static=True)
@@ -147,42 +168,49 @@ class StepMap(AbstractMapRecurrence):
         flat_y0 = flattener.flatten(y0)
         first = jtu.tree_map(lambda x: x[0], grid)
 
+        def step_with(terms, y, x):
+            t0, t1 = times_of(x, first)
+            return one_step(solver, terms, t0, t1, flattener.unflatten(y), args)
+
         def step(y, x):
-            # A step of no length need not be harmless: zero times infinity, or a
-            # Brownian increment divided by its length. So padding takes the first
-            # step, which has to be fine anyway, and throws it away.
-            select = lambda a, b: jnp.where(x.active, a, b)
-            start = flattener.unflatten(select(y, flat_y0))
-            t0 = select(x.tprev, first.tprev)
-            t1 = select(x.tnext, first.tnext)
-            y1, _, _, _ = one_step(solver, terms, t0, t1, start, args)
+            select = lambda a, b: jnp.where(x.grid.active, a, b)
+            terms_now = draw.use(terms, x.increments)
+            y1, _, _, _ = step_with(terms_now, select(y, flat_y0), x.grid)
             return select(flattener.flatten(y1), y)
 
-        def interpolate(y, t0, t1, t):
+        def interpolate(y, x, t):
+            terms_now = draw.use(terms, x.increments)
+            t0, t1 = x.grid.tprev, x.grid.tnext
             y = flattener.unflatten(y)
             return flattener.flatten(
-                interpolate_step(solver, terms, t0, t1, y, args, t)
+                interpolate_step(solver, terms_now, t0, t1, y, args, t)
             )
 
         # Whatever the vector field closes over becomes a leaf of this recurrence, so
         # that derivatives reach it. The precision holds for all products traced here.
         with tracing_steps():
-            self.f = eqx.filter_closure_convert(step, flat_y0, first)
+            self.draw = draw = record_draw(step_with, terms, flat_y0, first)
+            self.xs = StepInputs(grid, jax.vmap(draw)(grid))
+            x = jtu.tree_map(lambda x: x[0], self.xs)
+            self.f = eqx.filter_closure_convert(step, flat_y0, x)
             self.interpolate = eqx.filter_closure_convert(
-                interpolate, flat_y0, first.tprev, first.tnext, first.tnext
+                interpolate, flat_y0, x, first.tnext
             )
         self.y0 = flat_y0
-        self.xs = grid
         self.is_explicit = is_explicit_rk(solver)
 
     @property
     def eps(self):
         return self.flattener.eps
 
+    def states(self, ys: Trajectory) -> Trajectory:
+        """The solution at the end of each step."""
+        return ys
+
     def flatten(self, ys: PyTree[Array]):
         return jax.vmap(self.flattener.flatten)(ys)
 
-    def _harmless(self, ys) -> tuple[Trajectory, Mask, Trajectory, Grid]:
+    def _harmless(self, ys) -> tuple[Trajectory, Mask, Trajectory, StepInputs]:
         """Values, and where each step may be differentiated.
 
         The derivative of a step that solves equations within solves a linear system,
@@ -199,7 +227,8 @@ class StepMap(AbstractMapRecurrence):
         values = jax.vmap(f)(constant_starts, constant_xs)
         fine = jnp.all(jnp.isfinite(values), axis=-1)
         starts = jnp.where(fine[:, None], starts, self.y0[None])
-        xs = jtu.tree_map(lambda x: jnp.where(fine, x, x[0]), self.xs)
+        select = jax.vmap(jnp.where, in_axes=(0, 0, None))
+        xs = jtu.tree_map(lambda x: select(fine, x, x[0]), self.xs)
         return values, fine, starts, xs
 
     # Rules of derivatives are traced where they are used: errors in them as well.
@@ -210,10 +239,10 @@ class StepMap(AbstractMapRecurrence):
             values, fine, starts, xs = self._harmless(ys)
             return jnp.where(fine[:, None], jax.vmap(self.f)(starts, xs), values)
 
-    def linearise(self, ys, linearisation):
+    def jacobians(self, ys, linearisation):
         with tracing_steps():
             if self.is_explicit:
-                return super().linearise(ys, linearisation)
+                return super().jacobians(ys, linearisation)
             values, _, starts, xs = self._harmless(ys)
             _, A = jax.vmap(lambda y, x: linearisation(lambda y: self.f(y, x), y))(
                 starts, xs
@@ -221,25 +250,45 @@ class StepMap(AbstractMapRecurrence):
             return values, A
 
     def coarse_trajectory(self, every):
-        coarse_grid = self.xs.coarsen(every)
+        grid, num_steps = self.xs.grid, self.num_steps
+        coarse_grid = grid.coarsen(every)
+        num_coarse = coarse_grid.num_steps
+        padding = num_coarse * every - num_steps
+
+        def blocks(x):
+            # Nothing comes from steps that are not made.
+            x = jax.vmap(lambda active, x: jnp.where(active, x, 0))(grid.active, x)
+            x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+            return x.reshape(num_coarse, every, *x.shape[1:])
+
+        sums = self.draw.accumulate(jtu.tree_map(blocks, self.xs.increments))
+        if sums is None:
+            coarse = StepInputs(coarse_grid, jax.vmap(self.draw)(coarse_grid))
+        else:
+            coarse = StepInputs(coarse_grid, jtu.tree_map(lambda x: x[:, -1], sums))
 
         def step(y, x):
             y = self.f(y, x)
             return y, y
 
-        _, ends = lax.scan(step, self.y0, coarse_grid)
+        _, ends = lax.scan(step, self.y0, coarse)
         ends = hold_last_good(self.y0, ends, is_reasonable(ends))
         if every == 1:
             return ends
-        num_coarse = ends.shape[0]
-        padding = num_coarse * every - self.num_steps
-        # Within a coarse step only the time differs, so the step is taken once.
-        ts = jnp.pad(self.xs.tnext, (0, padding), mode="edge")
-        between = jax.vmap(jax.vmap(self.interpolate, in_axes=(None, None, None, 0)))
-        ys = between(
-            previous_states(self.y0, ends),
-            coarse_grid.tprev,
-            coarse_grid.tnext,
-            ts.reshape(num_coarse, every),
-        ).reshape(num_coarse * every, -1)[: self.num_steps]
-        return jnp.where(self.xs.active[:, None], ys, ends[-1])
+        starts = previous_states(self.y0, ends)
+        if sums is None:
+            # Within a coarse step only the time differs, so the step is taken once.
+            ts = jnp.pad(grid.tnext, (0, padding), mode="edge")
+            between = jax.vmap(jax.vmap(self.interpolate, in_axes=(None, None, 0)))
+            ys = between(starts, coarse, ts.reshape(num_coarse, every))
+            ys = ys.reshape(num_coarse * every, -1)[:num_steps]
+        else:
+            # An interpolant knows nothing of the path between its ends, while the
+            # increments from the start of a coarse step to each of its points are
+            # known: so a step is taken to each.
+            which = jnp.arange(num_steps) // every
+            parts = Grid(coarse_grid.tprev[which], grid.tnext, grid.active)
+            one_axis = lambda x: x.reshape(-1, *x.shape[2:])[:num_steps]
+            parts = StepInputs(parts, jtu.tree_map(one_axis, sums))
+            ys = jax.vmap(self.f)(starts[which], parts)
+        return jnp.where(grid.active[:, None], ys, ends[-1])

@@ -10,8 +10,7 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, Trajectory, Y
 from .._misc import StateFlattener, previous_states
-from ._base import Grid
-from ._step_map import one_step, tracing_steps
+from ._step_map import StepMap, one_step, times_of, tracing_steps
 
 
 class Steps(NamedTuple):
@@ -24,25 +23,33 @@ class Steps(NamedTuple):
 
 
 def take_steps(
-    solver: diffrax.AbstractSolver, terms, grid: Grid, y0: Y, ys: Trajectory, args: Args
+    solver: diffrax.AbstractSolver,
+    terms,
+    recurrence: StepMap,
+    y0: Y,
+    ys: Trajectory,
+    args: Args,
 ) -> Steps:
-    """Takes every step of `grid` again, from the states that the solve found.
+    """Takes every step of `recurrence` again, from the states that the solve found.
 
     Ordinary differentiable code. Padding repeats the first step.
     """
     flattener = StateFlattener(y0)
     flat_y0 = flattener.flatten(y0)
-    first = jtu.tree_map(lambda x: x[0], grid)
+    xs = recurrence.xs
+    first = jtu.tree_map(lambda x: x[0], xs.grid)
     can_fail = False
 
     def take(y, x):
         nonlocal can_fail
-        start = flattener.unflatten(jnp.where(x.active, y, flat_y0))
-        t0 = jnp.where(x.active, x.tprev, first.tprev)
-        t1 = jnp.where(x.active, x.tnext, first.tnext)
-        _, y_error, dense_info, result = one_step(solver, terms, t0, t1, start, args)
+        start = flattener.unflatten(jnp.where(x.grid.active, y, flat_y0))
+        t0, t1 = times_of(x.grid, first)
+        terms_now = recurrence.draw.use(terms, x.increments)
+        _, y_error, dense_info, result = one_step(
+            solver, terms_now, t0, t1, start, args
+        )
         can_fail = result.is_traced()
         return Steps(y_error, dense_info, result if can_fail else None)
 
     with tracing_steps():
-        return jax.vmap(take)(previous_states(flat_y0, ys), grid)
+        return jax.vmap(take)(previous_states(flat_y0, ys), xs)

@@ -1,0 +1,303 @@
+"""Differential-algebraic equations: constraints, orders, gradients, initial values."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+import numpy as np
+import pytest
+import scipy.integrate
+
+from deer_ode import (
+    DEER,
+    DAETerm,
+    MassMatrixTerm,
+    Newton,
+    RadauIIA,
+    consistent_initial_values,
+    diffeqsolve,
+)
+
+from .helpers import assert_close, rounding, sqrt_eps
+
+
+GRAVITY = 9.81
+ANGLE = np.pi / 2 - 0.2
+UP = np.array([0.0, 1.0])
+
+#: A regression over a few step sizes still sees the terms of higher order.
+SLACK = 0.15
+
+
+def motion(y, dy, gravity):
+    (q, v, tension), (dq, dv, _) = y, dy
+    return q, v, dq - v, dv + tension * q + gravity * jnp.asarray(UP)
+
+
+def index_3(t, y, dy, gravity):
+    """A pendulum in Cartesian coordinates, with its constraint as it is."""
+    q, _, *motions = motion(y, dy, gravity)
+    return *motions, jnp.sum(q**2) - 1
+
+
+def index_2(t, y, dy, gravity):
+    """The same, with the time derivative of the constraint."""
+    q, v, *motions = motion(y, dy, gravity)
+    return *motions, jnp.sum(q * v)
+
+
+PENDULUM = DAETerm(index_3)
+FORMS = {"index 3": PENDULUM, "index 2": DAETerm(index_2)}
+
+
+def start(angle, speed=0.0):
+    """On the circle and along it; the tension is for the solver to find."""
+    s, c = jnp.sin(angle), jnp.cos(angle)
+    q, v = jnp.stack([s, -c]), speed * jnp.stack([c, s])
+    return q, v, jnp.zeros_like(s)
+
+
+def angle_after(t, angle=ANGLE, gravity=GRAVITY):
+    """By the reduced equation, and another library."""
+    return scipy.integrate.solve_ivp(
+        lambda t, y: [y[1], -gravity * np.sin(y[0])], (0.0, t), [angle, 0.0],
+        method="DOP853", rtol=1e-13, atol=1e-13,
+    ).y[0, -1]  # fmt: skip
+
+
+@eqx.filter_jit
+def swing(term, solver, dt0, max_steps):
+    """One program for all step sizes: those that take fewer steps are padded."""
+    y0 = start(jnp.asarray(ANGLE))
+    sol = diffeqsolve(
+        term, DEER(solver), 0.0, 2.0, dt0, y0, jnp.asarray(GRAVITY),
+        max_steps=max_steps, saveat=diffrax.SaveAt(steps=True),
+    )  # fmt: skip
+    return sol.ys, sol.stats
+
+
+@pytest.mark.parametrize(
+    "form, num_stages",
+    [
+        ("index 3", 1),
+        ("index 3", 2),
+        ("index 3", 3),
+        pytest.param("index 2", 1, marks=pytest.mark.slow),
+        ("index 2", 2),
+        pytest.param("index 2", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_pendulum(form, num_stages):
+    """Positions are of order 2s - 1, and the constraint holds to rounding."""
+    counts = (400, 800, 1600) if num_stages == 1 else (50, 100, 200)
+    final = angle_after(2.0)
+    expected = np.array([np.sin(final), -np.cos(final)])
+    errors = []
+    for n in counts:
+        dt0 = jnp.asarray(2.0 / n)
+        ys, stats = swing(FORMS[form], RadauIIA(num_stages), dt0, max(counts))
+        assert int(stats["num_steps"]) == n
+        q, v, _ = (np.asarray(y[:n]) for y in ys)
+        if form == "index 3":
+            np.testing.assert_allclose(np.sum(q**2, axis=1), 1, rtol=0, atol=1e-12)
+        else:
+            np.testing.assert_allclose(np.sum(q * v, axis=1), 0, rtol=0, atol=1e-12)
+        errors.append(np.abs(q[-1] - expected).max())
+    order = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert order > 2 * num_stages - 1 - SLACK, errors
+    # |v|^2 - g q_y, which an energy of zero speed at the start makes this; of order s.
+    tension = 3 * GRAVITY * np.cos(final) - 2 * GRAVITY * np.cos(ANGLE)
+    found = float(ys[2][counts[-1] - 1])
+    assert abs(found - tension) < (3.0 if num_stages == 1 else 1.0)
+
+
+@pytest.mark.parametrize("num_steps", (50,))
+def test_pendulum_has_no_spurious_solution(num_steps):
+    """A coarse guess leads Newton to other solutions of the same equations, on which
+    the pendulum jumps through the circle.
+    """
+    dt0 = jnp.asarray(2.0 / num_steps)
+    ys, stats = swing(PENDULUM, RadauIIA(3), dt0, num_steps)
+    y0 = consistent_initial_values(
+        PENDULUM, 0.0, start(jnp.asarray(ANGLE)), jnp.asarray(GRAVITY)
+    ).y0
+    expected = diffrax.diffeqsolve(
+        PENDULUM, RadauIIA(3), 0.0, 2.0, dt0, y0, jnp.asarray(GRAVITY),
+        max_steps=num_steps, saveat=diffrax.SaveAt(steps=True),
+    ).ys  # fmt: skip
+    # A system of index 3 magnifies rounding by h^-2 in its multiplier.
+    assert_close(ys[:2], expected[:2], rounding())
+    assert_close(ys[2], expected[2], rounding() * num_steps**2)
+    final = angle_after(2.0)
+    q = np.asarray(ys[0][-1])
+    np.testing.assert_allclose(q, [np.sin(final), -np.cos(final)], atol=1e-5)
+
+
+def test_gradients_of_the_pendulum():
+    """With respect to gravity, the initial angle and the grid itself."""
+
+    def loss(inputs):
+        gravity, angle, end = inputs
+        # A graded grid that moves with its end.
+        fractions = jnp.linspace(0.0, 1.0, 17)
+        ts = end * (fractions + 0.3 * fractions * (1 - fractions))
+        y0 = consistent_initial_values(PENDULUM, 0.0, start(angle), gravity).y0
+        q, _, tension = diffeqsolve(
+            PENDULUM, DEER(RadauIIA(2)), 0.0, end, None, y0, gravity,
+            stepsize_controller=diffrax.StepTo(ts),
+        ).ys  # fmt: skip
+        return q[-1, 0] + 0.1 * tension[-1]
+
+    x = jnp.array([GRAVITY, ANGLE, 0.8])
+    grad = jax.jit(jax.grad(loss))(x)
+    value = jax.jit(loss)
+    h = 1e-5
+    expected = jnp.stack(
+        [(value(x + h * e) - value(x - h * e)) / (2 * h) for e in jnp.eye(3)]
+    )
+    # Central differences leave h^2 and rounding / h, which the multiplier magnifies.
+    assert_close(grad, expected, 1e-6)
+
+
+# --- index 1 ------------------------------------------------------------------------
+
+
+def decay(t, y, dy, args):
+    (y, z), (dy, _) = y, dy
+    return dy + args * y * z, z - jnp.cos(y) - t
+
+
+def decay_field(t, y, args):
+    y, z = y
+    return -args * y * z, z - jnp.cos(y) - t
+
+
+MASSES = {
+    "array": jnp.diag(jnp.array([1.0, 0.0])),
+    "function": lambda t, y, args: jnp.diag(jnp.stack([jnp.exp(t * 0), 0.0 * t])),
+    "operator": lx.FunctionLinearOperator(
+        lambda y: (y[0], jnp.zeros(())), (jnp.zeros(()), jnp.zeros(()))
+    ),
+}
+
+
+def solve_index_1(term, y0, args, solver=RadauIIA(3), **kwargs):
+    return diffeqsolve(
+        term, DEER(solver), 0.0, 1.0, 0.125, y0, args,
+        saveat=diffrax.SaveAt(t0=True, ts=[0.3], steps=True), **kwargs,
+    )  # fmt: skip
+
+
+def test_index_1_in_every_form():
+    """The stages satisfy the constraint, so it is collocation for the reduced one."""
+    args = jnp.array(0.8)
+    y0 = (jnp.array(1.0), jnp.array(0.0))
+    sol = solve_index_1(DAETerm(decay), y0, args)
+    reduced = diffrax.ODETerm(lambda t, y, args: -args * y * (jnp.cos(y) + t))
+    expected = solve_index_1(reduced, y0[0], args)
+    assert_close(sol.ts, expected.ts, rounding())
+    assert_close(sol.ys[0], expected.ys, rounding())
+    # At the points of the grid; between them the polynomials of both are different.
+    on_grid = np.asarray(sol.ts) != 0.3
+    multiplier = jnp.cos(sol.ys[0]) + sol.ts
+    assert_close(sol.ys[1][on_grid], multiplier[on_grid], rounding())
+    assert_close(sol.stats["initial_correction"], jnp.cos(1.0), rounding())
+    for name in ("array", "operator"):
+        term = MassMatrixTerm(decay_field, MASSES[name])
+        assert_close(solve_index_1(term, y0, args).ys, sol.ys, rounding(), what=name)
+
+
+@pytest.mark.slow
+def test_mass_matrix_by_a_function_and_gradients():
+    y0 = jnp.array(1.0)
+    reduced = diffrax.ODETerm(lambda t, y, args: -args * y * (jnp.cos(y) + t))
+    term = MassMatrixTerm(decay_field, MASSES["function"])
+
+    def loss(inputs, implicit):
+        y0, args = inputs
+        if implicit:
+            ys = solve_index_1(term, (y0, jnp.zeros(())), args).ys[0]
+        else:
+            ys = solve_index_1(reduced, y0, args).ys
+        return jnp.sum(ys**2), ys
+
+    inputs = (y0, jnp.array(0.8))
+    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    assert_close(grad(inputs, True), grad(inputs, False), rounding())
+
+
+def test_backward_in_time():
+    """Diffrax turns time round, which the derivative in the equation must notice."""
+    args = jnp.array(0.8)
+    y0 = (jnp.array(0.5), jnp.array(0.0))
+    sol = diffeqsolve(
+        DAETerm(decay), DEER(RadauIIA(3)), 1.0, 0.0, -0.125, y0, args
+    )  # fmt: skip
+    back = scipy.integrate.solve_ivp(
+        lambda t, y: -0.8 * y * (np.cos(y) + t), (1.0, 0.0), [0.5], method="DOP853",
+        rtol=1e-13, atol=1e-13,
+    ).y[0, -1]  # fmt: skip
+    # A method of order 5 at eight steps.
+    np.testing.assert_allclose(float(sol.ys[0][-1]), back, rtol=1e-7)
+
+
+# --- initial values -----------------------------------------------------------------
+
+
+def test_consistent_initial_values():
+    """They find the tension of the string, |v|^2 - g q_y, and its derivatives."""
+
+    @jax.jit
+    def tension(angle, speed, gravity):
+        initial = consistent_initial_values(PENDULUM, 0.0, start(angle, speed), gravity)
+        return initial.y0[2], initial
+
+    inputs = (jnp.array(0.6), jnp.array(1.7), jnp.array(GRAVITY))
+    known = lambda angle, speed, gravity: speed**2 + gravity * jnp.cos(angle)
+    value, initial = tension(*inputs)
+    assert_close(value, known(*inputs), rounding())
+    assert_close(initial.correction, jnp.abs(value), rounding())
+    assert float(initial.residual) < rounding()
+    assert_close(initial.y0[:2], start(*inputs[:2])[:2], 0.0)
+    grads = jax.grad(lambda *x: tension(*x)[0], (0, 1, 2))(*inputs)
+    assert_close(grads, jax.grad(known, (0, 1, 2))(*inputs), sqrt_eps())
+
+
+def test_inconsistent_initial_values():
+    """A pendulum off its circle."""
+    q, v, tension = start(jnp.asarray(ANGLE))
+    y0 = (1.1 * q, v, tension)
+    solve = eqx.filter_jit(
+        lambda y0, throw: diffeqsolve(
+            PENDULUM, DEER(RadauIIA(1)), 0.0, 0.1, 0.05, y0, jnp.asarray(GRAVITY),
+            throw=throw,
+        )
+    )  # fmt: skip
+    with pytest.raises(Exception, match="initial values are not consistent"):
+        jax.block_until_ready(solve(y0, True).ys)
+    sol = solve(y0, False)
+    assert float(sol.stats["initial_residual"]) > 1e-3
+    # Nor may its speed point out of the circle, though the constraint holds.
+    outward = consistent_initial_values(
+        PENDULUM, 0.0, (q, q, tension), jnp.asarray(GRAVITY)
+    )
+    assert float(outward.residual) > 1e-3
+    fine = solve(start(jnp.asarray(ANGLE)), False)
+    assert float(fine.stats["initial_residual"]) < rounding()
+    assert fine.result == diffrax.RESULTS.successful
+
+
+def test_without_fallback():
+    """The same answer, or a failure that says so."""
+    method = Newton(fallback=False)
+    args = jnp.array(0.8)
+    y0 = (jnp.array(1.0), jnp.array(0.0))
+    sol = diffeqsolve(
+        DAETerm(decay), DEER(RadauIIA(2), method), 0.0, 1.0, 0.125, y0, args
+    )
+    expected = diffeqsolve(DAETerm(decay), DEER(RadauIIA(2)), 0.0, 1.0, 0.125, y0, args)
+    assert sol.result == diffrax.RESULTS.successful
+    assert_close(sol.ys, expected.ys, rounding())
+    assert jtu.tree_all(jtu.tree_map(lambda x: bool(jnp.all(jnp.isfinite(x))), sol.ys))
