@@ -7,6 +7,7 @@ import argparse
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import diffrax
 import equinox as eqx
@@ -103,7 +104,8 @@ def _reference(field, y0, t1):
         y0,
         max_steps=num_steps + 1,
     )
-    return np.asarray(sol.ys)[0]
+    ys: Any = sol.ys
+    return ys[0]
 
 
 def run(repeats: int, only: int | None = None) -> list[dict]:
@@ -123,7 +125,8 @@ def run(repeats: int, only: int | None = None) -> list[dict]:
                     sol = deer_ode.diffeqsolve(
                         term, solver, 0.0, t1, t1 / num_steps, y0
                     )
-                    return sol.ys[0], sol.stats
+                    ys: Any = sol.ys
+                    return ys[0], sol.stats
 
                 key = f"{label} {num_steps}"
                 programs[key] = lambda solve=solve, y0=y0: solve(y0)
