@@ -69,7 +69,9 @@ class Newton(eqx.Module):
     \right\| \le 1,$$
 
     which is the componentwise backward error of one step: what rounding alone causes
-    has this size. The solve is converged when every step is; a residual that is not a
+    has this size. (A step that is an equation $F_i(y_{i-1}, y_i) = 0$ is accepted when
+    $|F_i|$ is small beside $|B_i| |y_i| + |C_i| |y_{i-1}|$, with its Jacobians $B_i$
+    and $C_i$.) The solve is converged when every step is; a residual that is not a
     number is never small. The correction belonging to the accepted residual is still
     applied.
 
@@ -251,8 +253,9 @@ Newton.__init__.__doc__ = """**Arguments:**
 - `guess`: the initial trajectory: [`deer_ode.Coarse`][], [`deer_ode.Constant`][] or
     [`deer_ode.Trajectory`][].
 - `rtol`, `atol`: tolerances for the residual of a step, relative and in units of the
-    state. By default a small multiple of rounding (64 units) and nothing, so that the
-    answer is that of the sequential solver up to rounding.
+    state (or of the equation that the step is). By default a small multiple of rounding
+    (64 units) and nothing, so that the answer is that of the sequential solver up to
+    rounding.
 - `norm`: how the scaled residual of one step becomes one number.
 - `newton_max_steps`: the most iterations.
 - `fallback`: whether to finish sequentially, from the last converged step, what has not
