@@ -16,6 +16,7 @@ from deer_ode import (
     Dense,
     Diagonal,
     Newton,
+    Obreshkov,
     ParallelAdjoint,
     Trajectory,
     diffeqsolve,
@@ -34,6 +35,7 @@ from .helpers import (
 
 TERM = diffrax.ODETerm(lotka_volterra)
 Y0 = jnp.array([10.0, 5.0])
+TSIT5 = DEER(diffrax.Tsit5())
 
 
 def run(door, solver=None, t0=0.0, t1=3.0, dt0=0.1, y0=Y0, args=None, term=TERM, **kw):
@@ -320,7 +322,7 @@ def test_too_few_steps(door):
     kwargs = dict(max_steps=7, saveat=diffrax.SaveAt(ts=[0.3, 0.69, 0.75], steps=2))
     if door == "a":  # this helper of the tests leaves `max_steps` out for it
         solve = lambda **kw: diffeqsolve(
-            TERM, DEER(), 0.0, 3.0, 0.1, Y0, lotka_volterra_args(), **kw
+            TERM, TSIT5, 0.0, 3.0, 0.1, Y0, lotka_volterra_args(), **kw
         )
     else:
         solve = lambda **kw: run(door, **kw)
@@ -587,16 +589,18 @@ def test_other_solvers_go_to_diffrax():
     expected = run(None)
     sol = diffeqsolve(TERM, diffrax.Tsit5(), 0.0, 3.0, 0.1, Y0, args)
     assert_same_solution(sol, expected, 0.0)
-    windows = diffeqsolve(TERM, DEER(num_substeps=5), 0.0, 3.0, 0.5, Y0, args)
+    windows = diffeqsolve(
+        TERM, DEER(diffrax.Tsit5(), num_substeps=5), 0.0, 3.0, 0.5, Y0, args
+    )
     assert_close(windows.ys, expected.ys, rounding())
     # Without num_substeps and without ParallelAdjoint: the base solver, step by step.
-    plain = diffrax.diffeqsolve(TERM, DEER(), 0.0, 3.0, 0.1, Y0, args)
+    plain = diffrax.diffeqsolve(TERM, TSIT5, 0.0, 3.0, 0.1, Y0, args)
     assert_same_solution(plain, expected)
 
 
 def test_traced_times_need_a_bound():
     args = lotka_volterra_args()
-    solve = lambda t1, **kw: diffeqsolve(TERM, DEER(), 0.0, t1, 0.1, Y0, args, **kw).ys
+    solve = lambda t1, **kw: diffeqsolve(TERM, TSIT5, 0.0, t1, 0.1, Y0, args, **kw).ys
     with pytest.raises(ValueError, match="cannot be counted.*Give `max_steps"):
         jax.jit(solve)(3.0)
     bounded = jax.jit(lambda t1: solve(t1, max_steps=32))(3.0)
@@ -666,3 +670,10 @@ def test_random_key_for_each_sample():
     keys = jr.split(jr.key(3), 4)
     batch = lambda door: jax.jit(jax.vmap(lambda key: sample(door, key)))(keys)
     assert_close(batch("b"), batch(None), rounding())
+
+
+def test_the_default_solver_is_obreshkov():
+    args = lotka_volterra_args()
+    sol = diffeqsolve(TERM, DEER(), 0.0, 3.0, 0.1, Y0, args)
+    expected = diffrax.diffeqsolve(TERM, Obreshkov(), 0.0, 3.0, 0.1, Y0, args)
+    assert_close(sol.ys, expected.ys, rounding())
