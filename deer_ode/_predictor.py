@@ -36,8 +36,10 @@ class Coarse(AbstractPredictor):
 
     For a differential equation: the base solver on every `every`-th point of the grid,
     with the base solver's own interpolation between. Costs `1 / every` of a sequential
-    solve. Where the coarse solve blows up, the last finite state is held from there
-    on. Recurrences that are not discretised in time start from a constant.
+    solve. (The steps of [`deer_ode.Obreshkov`][] are long already: it is guessed by
+    `Tsit5` on every `every // 8`-th point, so on each of them by default.) Where the
+    coarse solve blows up, the last finite state is held from there on. Recurrences that
+    are not discretised in time start from a constant.
     """
 
     every: int = eqx.field(static=True, default=8)

@@ -134,7 +134,7 @@ class AveragedExponential(AbstractEquationSolver):
     ??? cite "Reference"
 
         Lim, Zhu, Selfridge, Kasim (2024), *Parallelizing non-linear sequential models
-        over the sequence length*, section 3.3.
+        over the sequence length*.
     """
 
     term_structure: ClassVar = diffrax.AbstractTerm

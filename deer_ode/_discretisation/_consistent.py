@@ -60,7 +60,15 @@ def consistent_initial_values(
 
     **Returns:**
 
-    A named tuple of `y0`, `residual` and `correction`. `y0` is differentiable.
+    A named tuple of `y0`, `residual` and `correction`. `y0` is differentiable, once.
+
+    !!! example
+
+        >>> import jax.numpy as jnp
+        >>> from deer_ode import DAETerm, consistent_initial_values
+        >>> term = DAETerm(lambda t, y, dy, args: jnp.stack([dy[0] + y[1], y[1] - 2]))
+        >>> consistent_initial_values(term, 0.0, jnp.array([1.0, 0.0])).y0.tolist()
+        [1.0, 2.0]
 
     ??? cite "Reference"
 

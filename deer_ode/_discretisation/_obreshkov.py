@@ -369,9 +369,8 @@ class Obreshkov(AbstractEquationSolver, diffrax.AbstractAdaptiveSolver):
 
     ??? cite "Reference"
 
-        Obreshkov (1940), *Neue Quadraturformeln*; Hairer, Wanner (1996), *Solving
-        Ordinary Differential Equations II*, section II.13 of volume I for the
-        formulas.
+        Obreshkov (1940), *Neue Quadraturformeln*; Hairer, Nørsett, Wanner
+        (1993), *Solving Ordinary Differential Equations I*, section II.13.
     """
 
     term_structure: ClassVar = diffrax.AbstractTerm
