@@ -55,8 +55,6 @@ def multiply(A: Array, B: Array) -> Array:
         # Written out it fuses with what is around it; a reduction would not.
         products = [A[..., :, k, None] * B[..., None, k, :] for k in range(A.shape[-1])]
         return sum(products[1:], products[0])
-    if A.shape[-1] <= _SMALL:
-        return jnp.sum(A[..., :, :, None] * B[..., None, :, :], axis=-2)
     return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
 
 

@@ -28,6 +28,7 @@ from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, previous_states
 from ._base import Grid
 from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
+from ._hermite import fraction_of_step
 from ._implicit_terms import implicit_residual
 from ._step_map import tracing_steps
 
@@ -98,9 +99,7 @@ class PolynomialInterpolation(diffrax.AbstractLocalInterpolation):
             return jtu.tree_map(
                 lambda a, b: b - a, self.evaluate(t0), self.evaluate(t1)
             )
-        length = jnp.asarray(self.t1) - jnp.asarray(self.t0)
-        safe = jnp.where(length == 0, 1, length)
-        s = jnp.where(length == 0, 0, (t0 - self.t0) / safe)
+        s = fraction_of_step(self.t0, self.t1, t0)
 
         def horner(y0, coefficients):
             fraction = s.astype(jnp.asarray(y0).dtype)

@@ -3,9 +3,16 @@
 import diffrax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Y
+
+
+def fraction_of_step(t0, t1, t) -> Array:
+    """Where `t` is between `t0` and `t1`: 0 to 1. A step of no length has one value."""
+    length = jnp.asarray(t1) - jnp.asarray(t0)
+    safe = jnp.where(length == 0, 1, length)
+    return jnp.where(length == 0, 0, (t - t0) / safe)
 
 
 class HermiteInterpolation(diffrax.AbstractLocalInterpolation):
@@ -28,10 +35,7 @@ class HermiteInterpolation(diffrax.AbstractLocalInterpolation):
             return jtu.tree_map(
                 lambda a, b: b - a, self.evaluate(t0), self.evaluate(t1)
             )
-        length = jnp.asarray(self.t1) - jnp.asarray(self.t0)
-        # A step of no length has one value only.
-        safe = jnp.where(length == 0, 1, length)
-        s = jnp.where(length == 0, 0, (t0 - self.t0) / safe)
+        s = fraction_of_step(self.t0, self.t1, t0)
         r = 1 - s
         if len(self.derivatives0) == 1:
             weights0 = (r**2 * (1 + 2 * s), s * r**2)
