@@ -2,6 +2,7 @@
 
 import importlib.metadata as _metadata
 
+from . import nn as nn
 from ._affine import affine_scan as affine_scan
 from ._discretisation import (
     AbstractImplicitTerm as AbstractImplicitTerm,
@@ -23,6 +24,8 @@ from ._discretisation import (
 from ._integrate import diffeqsolve as diffeqsolve
 from ._linearisation import (
     AbstractLinearisation as AbstractLinearisation,
+    Auto as Auto,
+    BlockDiagonal as BlockDiagonal,
     Dense as Dense,
     Diagonal as Diagonal,
     PairedDiagonal as PairedDiagonal,
@@ -34,6 +37,12 @@ from ._predictor import (
     Coarse as Coarse,
     Constant as Constant,
     Trajectory as Trajectory,
+)
+from ._scan import (
+    RecurrenceSolution as RecurrenceSolution,
+    Sequential as Sequential,
+    scan as scan,
+    solve_recurrence as solve_recurrence,
 )
 from ._solver import DEER as DEER
 

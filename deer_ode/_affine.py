@@ -13,10 +13,15 @@ backwards with $A^\top$. That is all that derivatives of any order need.
 
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float
 
-from ._custom_types import Propagators, Trajectory
+from ._blocks import Blocks
+from ._custom_types import Propagators
 
+
+# A state is a vector, or one that is split into blocks.
+_Steps = Float[Array, "steps *state"]
 
 # Up to this size XLA on CPU is quicker with multiply-and-add than with a batched
 # matrix product, which costs a call per matrix.
@@ -26,23 +31,20 @@ _SMALL = 8
 _TINY = 4
 
 
-def _is_dense(A: Propagators, b: Trajectory) -> bool:
-    return A.ndim == b.ndim + 1
+def _is_dense(A: Propagators, b: _Steps) -> bool:
+    return not isinstance(A, Blocks) and A.ndim == b.ndim + 1
 
 
-def apply(A: Array, y: Array) -> Array:
+def apply(A: Propagators, y: Array) -> Array:
     """$A y$, batched over leading axes, for each kind of `A`.
 
-    As many axes as `y`: the diagonal. One more: dense; with fewer columns than `y` has
-    entries it acts on the last of them. Two more: the diagonals of four blocks, of
-    shape `(2, 2, half)`, that act on two halves of the state.
+    An array with as many axes as `y` is a diagonal; one with one more is dense, and if
+    it has fewer columns than `y` has entries it acts on the last of them.
     """
+    if isinstance(A, Blocks):
+        return A.apply(y)
     if A.ndim == y.ndim:
         return A * y
-    if A.ndim == y.ndim + 2:
-        # Not -1: the associative scan composes no steps at all as well.
-        halves = y.reshape(*y.shape[:-1], 2, y.shape[-1] // 2)
-        return jnp.sum(A * halves[..., None, :, :], axis=-2).reshape(y.shape)
     y = y[..., y.shape[-1] - A.shape[-1] :]
     if y.shape[-1] <= _SMALL:
         return jnp.sum(A * y[..., None, :], axis=-1)
@@ -58,24 +60,28 @@ def multiply(A: Array, B: Array) -> Array:
     return jnp.matmul(A, B, precision=lax.Precision.HIGHEST)
 
 
+def absolute(A: Propagators) -> Propagators:
+    return jtu.tree_map(jnp.abs, A)
+
+
 def _compose(first, second):
     A1, b1 = first
     A2, b2 = second
     b = apply(A2, b1) + b2
+    if isinstance(A1, Blocks):
+        return A2.multiply(A1), b
     if A1.ndim == b1.ndim:
         return A2 * A1, b
-    if A1.ndim == b1.ndim + 2:
-        return jnp.sum(A2[..., :, :, None, :] * A1[..., None, :, :, :], axis=-3), b
     return multiply(A2, A1), b
 
 
-def _transpose(A: Propagators, b: Trajectory) -> Propagators:
-    if A.ndim == b.ndim:
-        return A
-    return jnp.swapaxes(A, *((-1, -2) if _is_dense(A, b) else (-2, -3)))
+def _transpose(A: Propagators, b: _Steps) -> Propagators:
+    if isinstance(A, Blocks):
+        return A.transpose
+    return jnp.swapaxes(A, -1, -2) if _is_dense(A, b) else A
 
 
-def sequential_scan(A: Propagators, b: Trajectory, reverse: bool) -> Trajectory:
+def sequential_scan(A: Propagators, b: _Steps, reverse: bool) -> _Steps:
     """The recurrence from zero, one step after the other: $O(T)$ depth."""
 
     def step(y, element):
@@ -86,21 +92,24 @@ def sequential_scan(A: Propagators, b: Trajectory, reverse: bool) -> Trajectory:
     return lax.scan(step, jnp.zeros_like(b[0]), (A, b), reverse=reverse)[1]
 
 
-def parallel_scan(A: Propagators, b: Trajectory, reverse: bool) -> Trajectory:
+def parallel_scan(A: Propagators, b: _Steps, reverse: bool) -> _Steps:
     r"""The recurrence from zero by an associative scan: $O(\log T)$ depth."""
     return lax.associative_scan(_compose, (A, b), reverse=reverse)[1]
 
 
-def scan_from_zero(A: Propagators, b: Trajectory, reverse: bool = False) -> Trajectory:
+def scan_from_zero(A: Propagators, b: _Steps, reverse: bool = False) -> _Steps:
     r"""$y_i = A_i y_{i-1} + b_i$ with $y_0 = 0$; not differentiable by itself.
 
     On a CPU the plain loop wins at every size measured (`benchmarks`), so there the
     platform decides for it; accelerators get the associative scan.
     """
-    if b.shape[0] == 0 or b.shape[1] == 0:
+    if b.size == 0:
         return b
     if _is_rectangular(A, b):
         return _from_tail(scan_from_zero, A, b, reverse)
+    if isinstance(A, Blocks) and A.order is not None:
+        parts = scan_from_zero(A.split(), A.order.split(b), reverse)
+        return A.order.join(parts)
     return lax.platform_dependent(
         A,
         b,
@@ -109,11 +118,11 @@ def scan_from_zero(A: Propagators, b: Trajectory, reverse: bool = False) -> Traj
     )
 
 
-def _is_rectangular(A: Propagators, b: Trajectory) -> bool:
+def _is_rectangular(A: Propagators, b: _Steps) -> bool:
     return _is_dense(A, b) and A.shape[-1] < b.shape[-1]
 
 
-def _from_tail(solve, A: Propagators, b: Trajectory, reverse: bool) -> Trajectory:
+def _from_tail(solve, A: Propagators, b: _Steps, reverse: bool) -> _Steps:
     """A recurrence in which only the last entries of a state pass on to the next.
 
     Those are a recurrence of their own; the others follow from it, all at once.
@@ -124,20 +133,24 @@ def _from_tail(solve, A: Propagators, b: Trajectory, reverse: bool) -> Trajector
     return jnp.concatenate([heads, tails], axis=-1)
 
 
-def _shift(ys: Array, reverse: bool) -> Array:
+def _shift(stack, reverse: bool):
     """The neighbour that each step starts from, with zero before the first."""
-    zero = jnp.zeros_like(ys[:1])
-    if reverse:
-        return jnp.concatenate([ys[1:], zero])
-    return jnp.concatenate([zero, ys[:-1]])
+
+    def shift(x):
+        zero = jnp.zeros_like(x[:1])
+        return jnp.concatenate([x[1:], zero] if reverse else [zero, x[:-1]])
+
+    return jtu.tree_map(shift, stack)
 
 
-def affine_solve(A: Propagators, b: Trajectory, reverse: bool = False) -> Trajectory:
+def affine_solve(A: Propagators, b: _Steps, reverse: bool = False) -> _Steps:
     """As `scan_from_zero`, and differentiable to any order in `A` and `b`."""
-    if b.shape[0] == 0 or b.shape[1] == 0:
+    if b.size == 0:
         return b
     if _is_rectangular(A, b):
         return _from_tail(affine_solve, A, b, reverse)
+    if isinstance(A, Blocks) and A.order is not None:
+        return A.order.join(affine_solve(A.split(), A.order.split(b), reverse))
     # The transpose of "multiply the neighbour by mine" is "multiply by the
     # neighbour's, transposed".
     A_transpose = _transpose(_shift(A, not reverse), b)

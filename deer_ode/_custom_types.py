@@ -4,6 +4,8 @@ from typing import Any, TypeAlias
 
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ._blocks import Blocks
+
 
 Y: TypeAlias = PyTree[Any]
 """A state, as Diffrax's `y0`: any pytree of floating or complex arrays."""
@@ -17,12 +19,10 @@ Trajectory: TypeAlias = Float[Array, "steps state"]
 """States after each step, the initial one excluded."""
 
 Propagators: TypeAlias = (
-    Float[Array, "steps rows columns"]
-    | Float[Array, "steps state"]
-    | Float[Array, "steps 2 2 half"]
+    Float[Array, "*batch rows columns"] | Float[Array, "*batch state"] | Blocks
 )
-"""One transition matrix per step: dense (with fewer columns than rows where only the
-last entries of a state pass on), by its diagonal, or by the diagonals of four blocks.
+"""Transition matrices: dense (with fewer columns than rows where only the last entries
+of a state pass on), by their diagonals, or by their diagonal blocks.
 """
 
 Mask: TypeAlias = Bool[Array, " steps"]

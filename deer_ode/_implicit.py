@@ -14,7 +14,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._affine import affine_solve
-from ._linearisation import Dense
+from ._linearisation import Auto, Dense
 from ._newton import Newton, NewtonSolution
 from ._recurrence import AbstractRecurrence
 
@@ -35,13 +35,14 @@ def _solve_jvp(primals, tangents):
         return solution, t_solution
     ys = solution.ys
     # What the forward pass used may have been cheaper; a derivative needs all of it.
-    exact = method.linearisation if isinstance(method.linearisation, Dense) else Dense()
+    is_exact = isinstance(method.linearisation, Dense | Auto)
+    exact = recurrence.choose(method.linearisation if is_exact else Auto())
     num_steps, state_size = ys.shape
     exact.check_size(num_steps, state_size, ys.dtype)
     A, b = recurrence.linear_response(ys, t_recurrence, exact)
     return solution, t_solution._replace(ys=affine_solve(A, b))
 
 
-def solve_recurrence(recurrence: AbstractRecurrence, method: Newton) -> NewtonSolution:
+def solve_trajectory(recurrence: AbstractRecurrence, method: Newton) -> NewtonSolution:
     """Solves `recurrence` by `method`, differentiably in all leaves of `recurrence`."""
     return _solve(recurrence, method)

@@ -2,14 +2,16 @@
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
-from ._custom_types import State
+from ._blocks import BlockOrder, Blocks, contiguous, find_blocks, strided
+from ._custom_types import Propagators, State
+from ._dependence import dependence
 
 
 class AbstractLinearisation(eqx.Module):
@@ -21,9 +23,19 @@ class AbstractLinearisation(eqx.Module):
     """
 
     @abc.abstractmethod
+    def for_map(
+        self, step: Callable[..., State], y: jax.ShapeDtypeStruct, *inputs: Any
+    ) -> "AbstractLinearisation":
+        """What to use for the map `step(y, *inputs)`, of which only shapes are known.
+
+        Asked once, before the iteration. An object that does not look is its own
+        answer.
+        """
+
+    @abc.abstractmethod
     def __call__(
         self, step: Callable[[State], State], y: State
-    ) -> tuple[State, Float[Array, "..."]]:
+    ) -> tuple[State, Propagators]:
         """The value of `step` at `y`, and its (approximate) Jacobian there."""
 
     @abc.abstractmethod
@@ -44,6 +56,10 @@ class Dense(AbstractLinearisation):
 
     max_bytes: int = eqx.field(static=True, default=4 * 2**30)
 
+    def for_map(self, step, y, *inputs):
+        del step, y, inputs
+        return self
+
     def __call__(self, step, y):
         def with_value(y):
             value = step(y)
@@ -63,8 +79,10 @@ class Dense(AbstractLinearisation):
                 f"numbers ({np.dtype(dtype).name}) need {needed:,} bytes, more than "
                 f"the {self.max_bytes:,} allowed. Solve in shorter windows "
                 "(`DEER(..., num_substeps=...)` in `diffrax.diffeqsolve`), keep only "
-                "the diagonal (`Newton(linearisation=Diagonal())`), or, if the memory "
-                "is there, allow it (`Newton(linearisation=Dense(max_bytes=...))`)."
+                "the diagonal (`Newton(linearisation=Diagonal())`; derivatives need "
+                "all of it all the same), divide the state into heads that do not "
+                "depend on each other, or, if the memory is there, allow it "
+                "(`Newton(linearisation=Dense(max_bytes=...))`)."
             )
 
 
@@ -75,19 +93,103 @@ Dense.__init__.__doc__ = """**Arguments:**
 """
 
 
+class Blockwise(AbstractLinearisation):
+    """Diagonal blocks, one tangent for all of them together.
+
+    Exact where the map has this structure. Where it has not, what other blocks
+    contribute is counted as the block's own.
+    """
+
+    order: BlockOrder
+
+    def for_map(self, step, y, *inputs):
+        del step, y, inputs
+        return self
+
+    def __call__(self, step, y):
+        value, pushforward = jax.linearize(step, y)
+        entries = self.order.entries
+        basis = np.zeros((self.order.size, y.shape[0] + 1), y.dtype)
+        # The last column stands for padding.
+        np.put_along_axis(basis, entries, 1, axis=1)
+        columns = jax.vmap(pushforward)(jnp.asarray(basis[:, :-1]))
+        return value, Blocks(jnp.swapaxes(self.order.split(columns), 0, 1), self.order)
+
+    def num_bytes(self, num_steps, state_size, dtype):
+        del state_size
+        entries = self.order.size**2 * self.order.num_blocks
+        return num_steps * entries * np.dtype(dtype).itemsize
+
+    def check_size(self, num_steps, state_size, dtype):
+        del num_steps, state_size, dtype
+
+
+class BlockDiagonal(AbstractLinearisation):
+    r"""The diagonal blocks of the Jacobian: for states of many small heads.
+
+    For a state of $n / s$ heads of $s$ entries each, one after the other,
+
+    $$A \approx \operatorname{diag}(A^{(1)}, \dots, A^{(n / s)}).$$
+
+    Costs $s$ tangents for all heads together, and $s n$ numbers per step; nothing of
+    size $n^2$ is ever made. Newton's method where no head depends on another;
+    otherwise quasi-Newton, with what comes from other heads counted as a head's own.
+    [`deer_ode.Auto`][] finds such heads by itself, in any order.
+    """
+
+    size: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        if self.size < 1:
+            raise ValueError(
+                f"`BlockDiagonal(size=...)` must be a positive integer; got {self.size}"
+                "."
+            )
+
+    def for_map(self, step, y, *inputs):
+        del step, inputs
+        num_blocks, rest = divmod(y.shape[0], self.size)
+        if rest != 0:
+            raise ValueError(
+                f"`BlockDiagonal({self.size})` needs a state of a multiple of "
+                f"{self.size} numbers; got {y.shape[0]}. `Auto()` finds blocks of any "
+                "sizes."
+            )
+        return Blockwise(BlockOrder(contiguous(self.size, num_blocks), y.shape[0]))
+
+    def __call__(self, step, y):
+        return self.for_map(step, jax.eval_shape(lambda: y))(step, y)
+
+    def num_bytes(self, num_steps, state_size, dtype):
+        return num_steps * state_size * self.size * np.dtype(dtype).itemsize
+
+    def check_size(self, num_steps, state_size, dtype):
+        del num_steps, state_size, dtype
+
+
+BlockDiagonal.__init__.__doc__ = """**Arguments:**
+
+- `size`: how many entries each block has; the size of the state is a multiple of it.
+"""
+
+
 class Diagonal(AbstractLinearisation):
     r"""Only the diagonal of the Jacobian: quasi-Newton (quasi-DEER).
 
-    Exact, and as fast as `Dense`, where the step acts on each component by itself;
-    otherwise it converges linearly where the dropped terms are small and slowly or not
-    at all where they are not. Keeps `steps * state` numbers; derivatives of the
-    solution need the dense Jacobians all the same.
+    Exact, and one tangent, where the step acts on each component by itself; otherwise
+    `state` tangents, and it converges linearly where the dropped terms are small and
+    slowly or not at all where they are not. Keeps `steps * state` numbers; derivatives
+    of the solution need the exact Jacobians all the same.
 
     ??? cite "Reference"
 
         Gonzalez et al. (2024), *Towards scalable and stable parallelization of
         nonlinear RNNs*, section 4.1.
     """
+
+    def for_map(self, step, y, *inputs):
+        order = BlockOrder(strided(1, y.shape[0]), y.shape[0])
+        return Blockwise(order) if _has_blocks(order, step, y, *inputs) else self
 
     def __call__(self, step, y):
         value, pushforward = jax.linearize(step, y)
@@ -111,32 +213,34 @@ class PairedDiagonal(AbstractLinearisation):
     \operatorname{diag} c & \operatorname{diag} d \end{pmatrix}.$$
 
     Such matrices are closed under products, so the scan needs $O(n)$ work and memory
-    per step. Exact where each degree of freedom moves by itself (Newton's method on
-    many uncoupled oscillators); quasi-Newton where they are weakly coupled. Derivatives
-    of the solution use the dense Jacobians all the same.
+    per step. Exact, and two tangents, where each degree of freedom moves by itself
+    (Newton's method on many uncoupled oscillators); quasi-Newton, and `state` tangents,
+    where they are coupled, which converges where that is weak. Derivatives of the
+    solution use the exact Jacobians all the same.
     """
 
-    elementwise: bool = eqx.field(static=True, default=False)
+    def for_map(self, step, y, *inputs):
+        order = self._order(y.shape[0])
+        return Blockwise(order) if _has_blocks(order, step, y, *inputs) else self
 
-    def __call__(self, step, y):
-        if y.shape[0] % 2 != 0:
+    def _order(self, state_size: int) -> BlockOrder:
+        if state_size % 2 != 0:
             raise ValueError(
                 "`PairedDiagonal` needs a state of two halves of equal size, such as "
-                f"`(q, p)`; got {y.shape[0]} numbers."
+                f"`(q, p)`; got {state_size} numbers."
             )
+        return BlockOrder(strided(2, state_size // 2), state_size)
+
+    def __call__(self, step, y):
+        order = self._order(y.shape[0])
         half = y.shape[0] // 2
         value, pushforward = jax.linearize(step, y)
-        if self.elementwise:
-            # Ones in one half: the sums of the rows of each block, of one entry each.
-            ones = jnp.repeat(jnp.eye(2, dtype=y.dtype), half, axis=1)
-            columns = jax.vmap(pushforward)(ones).reshape(2, 2, half)
-            return value, jnp.swapaxes(columns, 0, 1)
         basis = jnp.eye(2 * half, dtype=y.dtype).reshape(2, half, 2 * half)
         own_entries = lambda e, k: pushforward(e).reshape(2, half)[:, k]
         kept = jax.vmap(jax.vmap(own_entries), in_axes=(0, None))(
             basis, jnp.arange(half)
         )
-        return value, jnp.transpose(kept, (2, 0, 1))
+        return value, Blocks(jnp.transpose(kept, (2, 0, 1)), order)
 
     def num_bytes(self, num_steps, state_size, dtype):
         return 2 * num_steps * state_size * np.dtype(dtype).itemsize
@@ -145,9 +249,46 @@ class PairedDiagonal(AbstractLinearisation):
         del num_steps, state_size, dtype
 
 
-PairedDiagonal.__init__.__doc__ = """**Arguments:**
+class Auto(AbstractLinearisation):
+    """The exact Jacobian, without the zeros that it is bound to have.
 
-- `elementwise`: a promise that each degree of freedom moves by itself. Two tangents
-    then give all four diagonals, in place of one for each entry of the state. A promise
-    that is not true costs iterations, not the answer.
+    Which entry of a step may depend on which entry of the state before it is read off
+    the traced program of the step, once, before the iteration; so what is found holds
+    for every state. Entries that do not depend on each other make blocks, wherever they
+    are in the state: the heads of a multi-head network, components that each move by
+    themselves, positions with their momenta. One tangent serves all blocks. Where there
+    are no blocks this is [`deer_ode.Dense`][].
+    """
+
+    max_bytes: int = eqx.field(static=True, default=4 * 2**30)
+
+    def for_map(self, step, y, *inputs):
+        found = dependence(step, y, *inputs) if y.shape[0] > 1 else None
+        order = None if found is None else find_blocks(found)
+        return Dense(self.max_bytes) if order is None else Blockwise(order)
+
+    def __call__(self, step, y):
+        return self.for_map(step, jax.eval_shape(lambda: y))(step, y)
+
+    def num_bytes(self, num_steps, state_size, dtype):
+        return Dense(self.max_bytes).num_bytes(num_steps, state_size, dtype)
+
+    def check_size(self, num_steps, state_size, dtype):
+        del num_steps, state_size, dtype  # that of what is found counts
+
+
+Auto.__init__.__doc__ = """**Arguments:**
+
+- `max_bytes`: as for [`deer_ode.Dense`][], where there are no blocks.
 """
+
+
+def _has_blocks(order: BlockOrder, step, y, *inputs) -> bool:
+    """Whether the map is known to leave each block of `order` to itself."""
+    found = dependence(step, y, *inputs)
+    if found is None:
+        return False
+    block_of = np.zeros(y.shape[0], np.int32)
+    block_of[order.entries] = np.arange(order.num_blocks)
+    rows, columns = np.nonzero(found)
+    return bool(np.all(block_of[rows] == block_of[columns]))

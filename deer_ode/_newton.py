@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._affine import scan_from_zero
 from ._custom_types import Trajectory
-from ._linearisation import AbstractLinearisation, Dense
+from ._linearisation import AbstractLinearisation, Auto
 from ._misc import hold_last_good, is_reasonable, leading_true
 from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractRecurrence
@@ -87,7 +87,7 @@ class Newton(eqx.Module):
         equations with given error bounds*, for the acceptance test.
     """
 
-    linearisation: AbstractLinearisation = Dense()
+    linearisation: AbstractLinearisation = Auto()
     guess: AbstractPredictor = Coarse()
     rtol: float | None = None
     atol: float | None = None
@@ -98,7 +98,7 @@ class Newton(eqx.Module):
     def __check_init__(self):
         if not isinstance(self.linearisation, AbstractLinearisation):
             raise ValueError(
-                "`Newton(linearisation=...)` must be a linearisation such as `Dense()` "
+                "`Newton(linearisation=...)` must be a linearisation such as `Auto()` "
                 f"or `Diagonal()`; got {self.linearisation!r}."
             )
         if not isinstance(self.guess, AbstractPredictor):
@@ -134,14 +134,13 @@ class Newton(eqx.Module):
         converged or not.
         """
         state_size = recurrence.y0.shape[0]
-        self.linearisation.check_size(
-            recurrence.num_steps, state_size, recurrence.y0.dtype
-        )
         if recurrence.num_steps == 0 or state_size == 0:
             return self._trivial(recurrence)
+        linearisation = recurrence.choose(self.linearisation)
+        linearisation.check_size(recurrence.num_steps, state_size, recurrence.y0.dtype)
         return lax.while_loop(
             lambda carry: self._unfinished(recurrence, carry),
-            lambda carry: self._iterate(recurrence, carry),
+            lambda carry: self._iterate(recurrence, linearisation, carry),
             self._init(recurrence, self.guess(recurrence) if ys is None else ys),
         )
 
@@ -184,9 +183,9 @@ class Newton(eqx.Module):
         atol = jnp.finfo(dtype).tiny if self.atol is None else self.atol
         return jnp.asarray(atol, dtype) + jnp.broadcast_to(rtol, size.shape) * size
 
-    def _iterate(self, recurrence, carry):
+    def _iterate(self, recurrence, linearisation, carry):
         ys = carry.ys
-        residual, A, defect, size = recurrence.linearise(ys, self.linearisation)
+        residual, A, defect, size = recurrence.linearise(ys, linearisation)
         error = jax.vmap(self.norm)(defect / self._tolerance(recurrence, size))
         # Written so that NaN is not good.
         num_good = leading_true(error <= 1)
@@ -248,8 +247,8 @@ class Newton(eqx.Module):
 
 Newton.__init__.__doc__ = """**Arguments:**
 
-- `linearisation`: which Jacobian to use: [`deer_ode.Dense`][] or
-    [`deer_ode.Diagonal`][].
+- `linearisation`: which Jacobian to use: by default [`deer_ode.Auto`][], all of it
+    without the zeros that it is bound to have.
 - `guess`: the initial trajectory: [`deer_ode.Coarse`][], [`deer_ode.Constant`][] or
     [`deer_ode.Trajectory`][].
 - `rtol`, `atol`: tolerances for the residual of a step, relative and in units of the

@@ -17,7 +17,7 @@ from diffrax._integrate import State
 from diffrax._misc import linear_rescale
 
 from ._discretisation import Grid, discretise, tracing_steps
-from ._implicit import solve_recurrence
+from ._implicit import solve_trajectory
 from ._misc import StateFlattener, count_true, leading_true, state_at
 from ._predictor import Trajectory
 from ._saving import SolvedGrid, save, set_where
@@ -157,7 +157,7 @@ def _all_steps(
         method = eqx.tree_at(lambda m: m.guess, method, predictor)
     discretised = discretise(solver.solver, terms, grid, state.y, args)
     recurrence = discretised.recurrence
-    solution = solve_recurrence(recurrence, method)
+    solution = solve_trajectory(recurrence, method)
     ys = discretised.states(solution.ys)
     steps = discretised.take_steps(solution.ys)
 

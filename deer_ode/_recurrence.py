@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._affine import apply
+from ._affine import absolute, apply
 from ._custom_types import Mask, Propagators, State, Trajectory
 from ._linearisation import AbstractLinearisation
-from ._misc import previous_states
+from ._misc import StateFlattener, previous_states
 
 
 class Linearised(NamedTuple):
@@ -58,6 +58,10 @@ class AbstractRecurrence(eqx.Module):
     @abc.abstractmethod
     def step(self, index: Int[Array, ""], y: State) -> State:
         """$f_i(y)$ for the step of zero-based `index`: one sequential step."""
+
+    @abc.abstractmethod
+    def choose(self, linearisation: AbstractLinearisation) -> AbstractLinearisation:
+        """What `linearisation` comes to for the steps of this recurrence."""
 
     @abc.abstractmethod
     def linearise(
@@ -116,6 +120,11 @@ class AbstractMapRecurrence(AbstractRecurrence):
         del ys
         return None
 
+    def choose(self, linearisation):
+        one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        y0 = jax.ShapeDtypeStruct(self.y0.shape, self.y0.dtype)
+        return linearisation.for_map(self.f, y0, jtu.tree_map(one, self.xs))
+
     def evaluate(self, ys: Trajectory) -> Trajectory:
         r"""$f(y_{i-1}, x_i)$ for all steps at once."""
         return jax.vmap(self.f)(previous_states(self.y0, ys), self.xs)
@@ -134,7 +143,7 @@ class AbstractMapRecurrence(AbstractRecurrence):
         values, A = self.jacobians(ys, linearisation)
         residual = values - ys
         before = jnp.abs(previous_states(self.y0, ys))
-        size = jnp.abs(ys) + apply(jnp.abs(A), before)
+        size = jnp.abs(ys) + apply(absolute(A), before)
         return Linearised(residual, A, residual, size)
 
     def linear_response(self, ys, tangent, linearisation):
@@ -150,10 +159,26 @@ class Recurrence(AbstractMapRecurrence):
     f: Callable[[State, Any], State]
     y0: Float[Array, " state"]
     xs: PyTree[Array]
-    eps: tuple[float, ...] = eqx.field(static=True)
+    flattener: StateFlattener
+
+    def __init__(
+        self,
+        f: Callable[[State, Any], State],
+        y0: State,
+        xs: PyTree[Array],
+        flattener: StateFlattener,
+    ):
+        self.f = f
+        self.y0 = y0
+        self.xs = xs
+        self.flattener = flattener
+
+    @property
+    def eps(self):
+        return self.flattener.eps
 
     def flatten(self, ys):
-        return ys
+        return jax.vmap(self.flattener.flatten)(ys)
 
     def coarse_trajectory(self, every):
         del every

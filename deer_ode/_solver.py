@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Real
 
 from ._custom_types import Args, Y
 from ._discretisation import Grid, Obreshkov, check_one_step, discretise, one_step
-from ._implicit import solve_recurrence
+from ._implicit import solve_trajectory
 from ._misc import StateFlattener
 from ._newton import Newton
 
@@ -190,7 +190,7 @@ class DEER(diffrax.AbstractWrappedSolver):
         ts = jnp.asarray(t0 + fraction * (t1 - t0)).at[-1].set(t1)
         grid = Grid.from_points(ts)
         discretised = discretise(self.solver, terms, grid, y0, args)
-        solution = solve_recurrence(discretised.recurrence, self.method)
+        solution = solve_trajectory(discretised.recurrence, self.method)
         y1 = jtu.tree_map(lambda y: y[-1], discretised.states(solution.ys))
         steps = discretised.take_steps(solution.ys)
         # Promoting would make it traced, where with a sequential finish it is known.

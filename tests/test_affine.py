@@ -126,33 +126,3 @@ def test_shapes_are_checked():
         unchecked(affine_scan)(jnp.zeros((4, 2, 3)), b, y0)
     with pytest.raises(ValueError, match=r"`y0` of shape \(state,\)"):
         unchecked(affine_scan)(A, b, jnp.zeros(3))
-
-
-# --- four diagonals -----------------------------------------------------------------
-
-
-def paired_as_dense(A):
-    """`(steps, 2, 2, half)` as `(steps, 2 half, 2 half)`."""
-    steps, _, _, half = A.shape
-    eye = jnp.eye(half, dtype=A.dtype)
-    dense = A[:, :, None, :, :] * eye[None, None, :, None, :]
-    return dense.reshape(steps, 2 * half, 2 * half)
-
-
-@pytest.mark.parametrize("reverse", (False, True))
-def test_paired_diagonals_are_dense_matrices(reverse):
-    from deer_ode._affine import affine_solve, parallel_scan, sequential_scan
-
-    keys = jr.split(jr.key(0), 3)
-    A = 0.6 * jr.normal(keys[0], (19, 2, 2, 3))
-    b, weights = (jr.normal(key, (19, 6)) for key in keys[1:])
-    expected = sequential_scan(paired_as_dense(A), b, reverse)
-    for scan in (sequential_scan, parallel_scan):
-        assert_close(scan(A, b, reverse), expected, rounding())
-
-    def loss(A, b, to=lambda A: A):
-        return jnp.sum(weights * affine_solve(to(A), b, reverse) ** 2)
-
-    actual = jax.grad(loss, argnums=(0, 1))(A, b)
-    exact = jax.grad(lambda A, b: loss(A, b, paired_as_dense), argnums=(0, 1))(A, b)
-    assert_close(actual, exact, rounding())

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from deer_ode import Coarse, Constant, Dense, Diagonal, Newton, Trajectory
-from deer_ode._implicit import solve_recurrence
+from deer_ode._implicit import solve_trajectory
+from deer_ode._misc import StateFlattener
 from deer_ode._recurrence import Recurrence
 
 from .helpers import (
@@ -31,8 +32,7 @@ def cell(params, y, x):
 
 def recurrence(params, y0, xs, f=cell):
     step = eqx.filter_closure_convert(lambda y, x: f(params, y, x), y0, xs[0])
-    eps = (float(jnp.finfo(y0.dtype).eps),) * y0.shape[0]
-    return Recurrence(f=step, y0=y0, xs=xs, eps=eps)
+    return Recurrence(f=step, y0=y0, xs=xs, flattener=StateFlattener(y0))
 
 
 def loop(params, y0, xs, f=cell):
@@ -55,7 +55,7 @@ def problem(seed=0, num_steps=40, size=3, gain=1.0, dtype=jnp.float64):
 
 @eqx.filter_jit
 def solve(params, y0, xs, method, f=cell):
-    solution = solve_recurrence(recurrence(params, y0, xs, f), method)
+    solution = solve_trajectory(recurrence(params, y0, xs, f), method)
     return solution, method.result(solution, xs.shape[0])
 
 
@@ -178,7 +178,7 @@ def test_gradients_are_exact_in_every_mode(linearisation):
             ys = (
                 loop(params, y0, xs)
                 if method is None
-                else (solve_recurrence(recurrence(params, y0, xs), method).ys)
+                else (solve_trajectory(recurrence(params, y0, xs), method).ys)
             )
             return jnp.sum(jnp.sin(ys))
 
@@ -212,7 +212,7 @@ def test_hessian():
 
     def ours(params, y0, xs):
         method = Newton(guess=Constant())
-        return solve_recurrence(recurrence(params, y0, xs), method).ys
+        return solve_trajectory(recurrence(params, y0, xs), method).ys
 
     actual = jax.jit(jax.hessian(loss(ours), (0, 1)))(y0, params["b"])
     expected = jax.jit(jax.hessian(loss(loop), (0, 1)))(y0, params["b"])
@@ -227,7 +227,7 @@ def test_vmap_leaves_converged_lanes_alone():
 
     def run(gain):
         scaled = params | {"W": gain * params["W"]}
-        solution = solve_recurrence(recurrence(scaled, y0, xs), method)
+        solution = solve_trajectory(recurrence(scaled, y0, xs), method)
         return solution.ys, solution.num_newton_steps
 
     ys, counts = jax.jit(jax.vmap(run))(gains)
@@ -250,8 +250,8 @@ def test_short(num_steps):
     )
     step = recurrence(*problem(num_steps=1)).f
     params, y0, xs = inputs
-    rec = Recurrence(f=step, y0=y0, xs=xs, eps=(2**-52,) * 3)
-    solution = solve_recurrence(rec, Newton(guess=Constant()))
+    rec = Recurrence(f=step, y0=y0, xs=xs, flattener=StateFlattener(y0))
+    solution = solve_trajectory(rec, Newton(guess=Constant()))
     assert_close(solution.ys, loop(params, y0, xs), rounding())
 
 

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, PyTree
 
 from .._affine import apply
 from .._custom_types import Args, Mask, State, Trajectory, Y
-from .._implicit import solve_recurrence
-from .._linearisation import Dense
+from .._implicit import solve_trajectory
+from .._linearisation import Auto, Dense
 from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._newton import Newton
 from .._predictor import Coarse, Constant
@@ -174,17 +174,19 @@ class AbstractEquationRecurrence(AbstractRecurrence):
     def flatten(self, ys: PyTree[Array]):
         return self.from_states(jax.vmap(self.flattener.flatten)(ys))
 
-    def linearise(self, ys, linearisation):
-        F, A, solved, size = self._solved_blocks(ys, linearisation)
-        return Linearised(solved, A, F, size)
-
-    def _solved_blocks(self, ys, linearisation):
+    def choose(self, linearisation):
+        if isinstance(linearisation, Auto):
+            return Dense(linearisation.max_bytes)
         if not isinstance(linearisation, Dense):
             raise ValueError(
                 "The steps of this solver are equations, which are solved with their "
                 f"whole Jacobians: use `Newton(linearisation=Dense())`; got "
                 f"{linearisation!r}."
             )
+        return linearisation
+
+    def linearise(self, ys, linearisation):
+        del linearisation  # all of it
         with tracing_steps():
             F, B, C = self.blocks(ys, exact=False)
             if self.may_be_singular:
@@ -193,7 +195,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             solved = solve_blocks(B, -jnp.concatenate([F[..., None], C], axis=-1))
             before = jnp.abs(previous_states(self.y0, ys))
             size = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
-        return F, solved[..., 1:], solved[..., 0], size
+        return Linearised(solved[..., 0], solved[..., 1:], F, size)
 
     def linear_response(self, ys, tangent, linearisation):
         del linearisation  # it is the exact one that is asked for
@@ -309,7 +311,7 @@ class AbstractEquationSolver(diffrax.AbstractSolver):
         del solver_state, made_jump
         grid = Grid(jnp.asarray(t0)[None], jnp.asarray(t1)[None], jnp.ones(1, bool))
         recurrence = self.recurrence(terms, grid, y0, args)
-        solution = solve_recurrence(recurrence, _ONE_STEP_AT_LAST)
+        solution = solve_trajectory(recurrence, _ONE_STEP_AT_LAST)
         steps = recurrence.take_steps(solution.ys)
         y1, y_error, dense_info, result = jtu.tree_map(
             lambda x: x[0],

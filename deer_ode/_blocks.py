@@ -1,0 +1,125 @@
+"""Block-diagonal matrices: entries of a state that move in groups of their own."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from scipy.sparse import csgraph
+
+
+class BlockOrder(eqx.Module):
+    """Which entry of a state is the $k$-th of its $j$-th block.
+
+    Blocks smaller than the largest are padded with entries that are always zero.
+    Blocks come last in arrays, so that arithmetic over them runs side by side.
+    """
+
+    _entries: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+    state_size: int = eqx.field(static=True)
+
+    def __init__(self, entries: Int[np.ndarray, "size blocks"], state_size: int):
+        self._entries = tuple(tuple(int(i) for i in row) for row in entries)
+        self.state_size = state_size
+
+    @property
+    def entries(self) -> Int[np.ndarray, "size blocks"]:
+        """Indices into a state; `state_size` where there is padding."""
+        return np.asarray(self._entries, np.int32)
+
+    @property
+    def size(self) -> int:
+        return len(self._entries)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._entries[0])
+
+    def split(self, y: Float[Array, "*batch state"]) -> Array:
+        """A state as `(..., size, blocks)`."""
+        batch, entries = y.shape[:-1], self.entries
+        if np.array_equal(entries, strided(self.size, self.num_blocks)):
+            return y.reshape(*batch, self.size, self.num_blocks)
+        if np.array_equal(entries, contiguous(self.size, self.num_blocks)):
+            y = y.reshape(*batch, self.num_blocks, self.size)
+            return jnp.swapaxes(y, -1, -2)
+        return y.at[..., entries].get(mode="fill", fill_value=0)
+
+    def join(self, parts: Float[Array, "*batch size blocks"]) -> Array:
+        """The inverse of `split`."""
+        batch, entries = parts.shape[:-2], self.entries
+        if np.array_equal(entries, strided(self.size, self.num_blocks)):
+            return parts.reshape(*batch, self.state_size)
+        if np.array_equal(entries, contiguous(self.size, self.num_blocks)):
+            return jnp.swapaxes(parts, -1, -2).reshape(*batch, self.state_size)
+        places = np.argsort(entries.reshape(-1), kind="stable")[: self.state_size]
+        return parts.reshape(*batch, entries.size)[..., places]
+
+
+def strided(size: int, num_blocks: int) -> Int[np.ndarray, "size blocks"]:
+    """Entry by entry: the first of all blocks, then the second of all."""
+    return np.arange(size * num_blocks, dtype=np.int32).reshape(size, num_blocks)
+
+
+def contiguous(size: int, num_blocks: int) -> Int[np.ndarray, "size blocks"]:
+    """Block by block."""
+    return np.arange(size * num_blocks, dtype=np.int32).reshape(num_blocks, size).T
+
+
+class Blocks(eqx.Module):
+    """A block-diagonal matrix, or a stack of them, without its zeros."""
+
+    entries: Float[Array, "*batch size size blocks"]
+    """Row and column within a block, then the block."""
+    order: BlockOrder | None
+    """`None` where states are split into blocks already."""
+
+    def apply(self, y: Array) -> Array:
+        if self.order is not None:
+            return self.order.join(self.split().apply(self.order.split(y)))
+        return jnp.sum(self.entries * y[..., None, :, :], axis=-2)
+
+    def split(self) -> "Blocks":
+        """The same matrix, for states that are split."""
+        return Blocks(self.entries, None)
+
+    def multiply(self, other: "Blocks") -> "Blocks":
+        products = self.entries[..., :, :, None, :] * other.entries[..., None, :, :, :]
+        return Blocks(jnp.sum(products, axis=-3), self.order)
+
+    @property
+    def transpose(self) -> "Blocks":
+        return Blocks(jnp.swapaxes(self.entries, -2, -3), self.order)
+
+
+def find_blocks(dependence: Any) -> BlockOrder | None:
+    """The finest division of a state into blocks that do not depend on each other.
+
+    Blocks of different sizes are put together into blocks of the largest of these
+    sizes. `None` where that leaves more than half of all entries.
+    """
+    state_size = dependence.shape[0]
+    num, labels = csgraph.connected_components(dependence, directed=False)
+    if num <= 1:
+        return None
+    groups = [np.flatnonzero(labels == k) for k in range(num)]
+    groups.sort(key=len, reverse=True)
+    size = len(groups[0])
+    bins: list[list[int]] = []
+    for group in groups:
+        # First fit, the largest first, which wastes little. Of one size each fills one.
+        room = (b for b in bins if len(b) + len(group) <= size)
+        into = None if len(group) == size else next(room, None)
+        if into is None:
+            bins.append(list(group))
+        else:
+            into.extend(group)
+    if 2 * len(bins) * size**2 > state_size**2:
+        return None
+    # In the order of the state where that is possible, so that it need not be sorted.
+    bins = sorted((sorted(b) for b in bins), key=lambda b: b[0])
+    entries = np.full((size, len(bins)), state_size, np.int32)
+    for j, members in enumerate(bins):
+        entries[: len(members), j] = members
+    return BlockOrder(entries, state_size)

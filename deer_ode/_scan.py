@@ -1,0 +1,292 @@
+r"""The discrete mode: `jax.lax.scan`, with all its steps at once."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import Array, PyTree
+
+from ._implicit import solve_trajectory
+from ._misc import StateFlattener, previous_states
+from ._newton import Newton
+from ._predictor import AbstractPredictor, Trajectory
+from ._recurrence import Recurrence
+
+
+class Sequential(eqx.Module):
+    """One step after the other: `jax.lax.scan` itself.
+
+    What [`deer_ode.scan`][] is compared with, by one word. Its derivatives are JAX's
+    own, by storing every step.
+    """
+
+
+class RecurrenceSolution(NamedTuple):
+    """What [`deer_ode.solve_recurrence`][] returns.
+
+    **Fields:**
+
+    - `carry`: after the last step (after the first one, if `reverse`).
+    - `ys`: what each step put out, stacked.
+    - `carries`: after each step, stacked, in the order of `xs`. It is what `guess=`
+        takes: the next solve of a problem nearby starts from here.
+    - `result`: an `optimistix.RESULTS`.
+    - `stats`: `num_steps`, `num_newton_steps`, `newton_residual` (the largest residual,
+        in units of the carry, before the last correction) and `num_fallback_steps` (how
+        many steps were finished sequentially).
+    """
+
+    carry: PyTree[Array]
+    ys: PyTree[Array]
+    carries: PyTree[Array]
+    result: optx.RESULTS
+    stats: dict[str, Any]
+
+
+def scan(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    *,
+    method: Newton | Sequential = Newton(),
+    guess: PyTree = None,
+    throw: bool = True,
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    r"""`jax.lax.scan`, solved in parallel over the sequence.
+
+    $$c_i, y_i = f(c_{i-1}, x_i), \qquad i = 1, \dots, T.$$
+
+    The arguments up to `reverse`, and what is returned, are those of `jax.lax.scan`,
+    and so is the answer, up to rounding: all carries are found together by Newton's
+    method ([`deer_ode.Newton`][]), and what does not converge is finished
+    sequentially. Derivatives of any order, forward and reverse, are exact and cost one
+    more affine scan each; no iteration is stored for them.
+
+    It pays where the carry is small, or falls apart into small blocks, and the sequence
+    is long; see [how to choose](how-to-choose.md).
+
+    `f` must be a pure function. It is called at all steps together, also on carries
+    that are not the answer yet, so what it prints it prints for those too.
+
+    **Arguments:**
+
+    - `f`: one step, `(carry, x) -> (carry, y)`.
+    - `init`: the carry before the first step: any pytree of floating or complex arrays.
+    - `xs`: what the steps read: any pytree of arrays with a leading axis of `T` steps,
+        or `None`.
+    - `length`: $T$; needed where `xs` is `None`.
+    - `reverse`: whether to go from the last step to the first.
+    - `method`: [`deer_ode.Newton`][] with its options, or [`deer_ode.Sequential`][].
+    - `guess`: where the iteration starts from: the carries after each step, stacked
+        (`solve_recurrence(...).carries` of a problem nearby), or a predictor. By
+        default that of `method`, which for a recurrence is `init` everywhere.
+    - `throw`: whether to raise an error where the solve fails. It can fail only with
+        `Newton(fallback=False)`; with `throw=False` use
+        [`deer_ode.solve_recurrence`][], which says how it ended.
+
+    **Returns:**
+
+    The last carry and the stacked outputs.
+
+    **Raises:**
+
+    - `TypeError`: where a leaf of the carry is an integer or a boolean, which has no
+        derivative; and what `jax.lax.scan` raises.
+    - `ValueError`: for a guess of another shape.
+    - `RuntimeError`: if `throw=True` and the solve fails at run time.
+
+    !!! example
+
+        >>> import jax.numpy as jnp
+        >>> from deer_ode import scan
+        >>> def logistic(y, rate):
+        ...     y = rate * y * (1 - y)
+        ...     return y, y
+        >>> last, ys = scan(logistic, jnp.array(0.5), jnp.array([2.0, 2.0, 1.0]))
+        >>> [round(float(y), 4) for y in ys]
+        [0.5, 0.5, 0.25]
+
+    ??? cite "Reference"
+
+        Lim, Zhu, Selfridge, Kasim (2024), *Parallelizing non-linear sequential models
+        over the sequence length*, section 3.4.
+    """
+    sol = solve_recurrence(
+        f, init, xs, length, reverse, method=method, guess=guess, throw=throw
+    )
+    return sol.carry, sol.ys
+
+
+def solve_recurrence(
+    f: Callable[[Any, Any], tuple[Any, Any]],
+    init: PyTree,
+    xs: PyTree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    *,
+    method: Newton | Sequential = Newton(),
+    guess: PyTree = None,
+    throw: bool = True,
+) -> RecurrenceSolution:
+    """As [`deer_ode.scan`][], and says how it went.
+
+    **Arguments:** as [`deer_ode.scan`][].
+
+    **Returns:**
+
+    A [`deer_ode.RecurrenceSolution`][].
+
+    **Raises:** as [`deer_ode.scan`][].
+
+    !!! example
+
+        >>> import jax.numpy as jnp
+        >>> from deer_ode import solve_recurrence
+        >>> def relax(y, x):
+        ...     y = 0.5 * jnp.tanh(y) + x
+        ...     return y, None
+        >>> sol = solve_recurrence(relax, jnp.zeros(2), jnp.ones((100, 2)))
+        >>> int(sol.stats["num_fallback_steps"]), sol.carries.shape
+        (0, (100, 2))
+        >>> again = solve_recurrence(
+        ...     relax, jnp.zeros(2), jnp.ones((100, 2)), guess=sol.carries
+        ... )
+        >>> int(again.stats["num_newton_steps"])
+        1
+    """
+    # The contract is that of `lax.scan` because it is `lax.scan` that checks it.
+    structure = jax.eval_shape(
+        lambda init, xs: lax.scan(f, init, xs, length, reverse), init, xs
+    )
+    _check_carry(structure[0])
+    # As `lax.scan` does, so that a Python number may stand for an array.
+    init = jtu.tree_map(lambda x, s: jnp.asarray(x, s.dtype), init, structure[0])
+    xs = jtu.tree_map(jnp.asarray, xs)
+    num_steps = jtu.tree_leaves(xs)[0].shape[0] if length is None else int(length)
+    if isinstance(method, Sequential):
+        return _sequential(f, init, xs, num_steps, reverse)
+    if num_steps == 0:
+        return _sequential(f, init, xs, num_steps, reverse)
+    is_trajectory = guess is not None and not isinstance(guess, AbstractPredictor)
+    if is_trajectory:
+        _check_guess(guess, init, num_steps)
+    if reverse:
+        xs = _flip(xs)
+        guess = _flip(guess) if is_trajectory else guess
+    if is_trajectory:
+        guess = Trajectory(lax.stop_gradient(guess))
+    newton: Newton = method
+    if guess is not None:
+        newton = eqx.tree_at(lambda m: m.guess, newton, guess)
+
+    carries, solution = _solve_carries(f, init, xs, num_steps, newton)
+    carry = jtu.tree_map(lambda x: x[-1], carries)
+    ys = _outputs(f, init, xs, carries, structure[1])
+    if reverse:
+        ys, carries = _flip(ys), _flip(carries)
+    result = newton.result(solution, num_steps)
+    if throw:
+        carry, ys, carries = result.error_if(
+            (carry, ys, carries), result != optx.RESULTS.successful
+        )
+    stats = dict(
+        num_steps=num_steps,
+        num_newton_steps=solution.num_newton_steps,
+        newton_residual=solution.residual,
+        num_fallback_steps=solution.num_fallback_steps,
+    )
+    return RecurrenceSolution(carry, ys, carries, result, stats)
+
+
+def _flip(tree):
+    return jtu.tree_map(lambda x: x[::-1], tree)
+
+
+def _check_carry(structure) -> None:
+    for path, leaf in jtu.tree_leaves_with_path(structure):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                "The carry is solved for by Newton's method, which needs derivatives, "
+                "so it must hold floating or complex arrays only; "
+                f"`init{jtu.keystr(path)}` is {leaf.dtype}. A counter or a random key "
+                "that does not depend on the rest belongs into `xs` "
+                "(`jnp.arange(length)`, `jax.random.split(key, length)`); where the "
+                "next integer depends on the state, use `jax.lax.scan`."
+            )
+
+
+def _check_guess(guess, init, num_steps: int) -> None:
+    got, wanted = jtu.tree_structure(guess), jtu.tree_structure(init)
+    shapes = [jnp.shape(x) for x in jtu.tree_leaves(guess)]
+    needed = [(num_steps, *x.shape) for x in jtu.tree_leaves(init)]
+    if got != wanted or shapes != needed:
+        raise ValueError(
+            "`guess` must hold the carry after each step, stacked: a pytree like "
+            f"`init` ({wanted}) of arrays of shapes {needed}; got {got} of shapes "
+            f"{shapes}."
+        )
+
+
+def _one_of(xs):
+    return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+
+
+def _solve_carries(f, init, xs, num_steps: int, method: Newton):
+    flattener = StateFlattener(init)
+    y0 = flattener.flatten(init)
+    # The second input counts the steps where `xs` holds nothing.
+    inputs = (xs, jnp.zeros((num_steps, 0), y0.dtype))
+
+    def step(y, inputs):
+        carry, _ = f(flattener.unflatten(y), inputs[0])
+        return flattener.flatten(carry)
+
+    # What `f` closes over becomes a leaf, so that derivatives reach it. Full precision,
+    # since residuals could not become small otherwise.
+    with jax.default_matmul_precision("highest"):
+        step = eqx.filter_closure_convert(step, y0, _one_of(inputs))
+    recurrence = Recurrence(f=step, y0=y0, xs=inputs, flattener=flattener)
+    solution = solve_trajectory(recurrence, method)
+    return jax.vmap(flattener.unflatten)(solution.ys), solution
+
+
+def _outputs(f, init, xs, carries, structure):
+    """What the steps put out, all at once, from carries that are known."""
+    if len(jtu.tree_leaves(structure)) == 0:
+        return structure
+    before = jtu.tree_map(previous_states, init, carries)
+    with jax.default_matmul_precision("highest"):
+        program = jax.make_jaxpr(f)(init, _one_of(xs)).jaxpr
+        _, computed = jax.vmap(f)(before, xs)
+    known = jtu.tree_leaves(carries)
+    new_carry, put_out = program.outvars[: len(known)], program.outvars[len(known) :]
+    leaves = []
+    for var, leaf in zip(put_out, jtu.tree_leaves(computed), strict=True):
+        # A carry that is put out need not be worked out again.
+        same = [k for k, carry in enumerate(new_carry) if carry is var]
+        leaves.append(known[same[0]] if same else leaf)
+    return jtu.tree_unflatten(jtu.tree_structure(structure), leaves)
+
+
+def _sequential(f, init, xs, num_steps: int, reverse: bool) -> RecurrenceSolution:
+    def step(carry, x):
+        carry, y = f(carry, x)
+        return carry, (carry, y)
+
+    carry, (carries, ys) = lax.scan(step, init, xs, num_steps, reverse)
+    leaves = jtu.tree_leaves(init)
+    dtype = StateFlattener(init).dtype if leaves else jnp.result_type(float)
+    stats = dict(
+        num_steps=num_steps,
+        num_newton_steps=jnp.asarray(0, jnp.int32),
+        newton_residual=jnp.asarray(0, dtype),
+        num_fallback_steps=jnp.asarray(num_steps, jnp.int32),
+    )
+    return RecurrenceSolution(carry, ys, carries, optx.RESULTS.successful, stats)

@@ -1,0 +1,1 @@
+"""Examples on real data, run as `python -m examples.<name>`; not installed."""
