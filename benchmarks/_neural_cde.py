@@ -6,13 +6,9 @@ what they show, and the loss curves.
 
 import argparse
 import functools as ft
-import json
 import os
 import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -28,7 +24,7 @@ import optax
 
 import deer_ode
 
-from .__main__ import CPU_FLAG, _environment
+from ._process import again_with_cpu_flag, can_use_cpu_flag, environment, write
 from ._timing import time_alternating
 
 
@@ -445,7 +441,7 @@ def main(argv=None) -> dict | None:
     if not data_file().exists():
         print(f"Not measured: the spoken digits are not at {data_file()}.")
         return None
-    results: dict = {"environment": _environment(), "rows": []}
+    results: dict = {"environment": environment(), "rows": []}
     flags = results["environment"]["xla_flags"] or "default XLA flags"
     print(f"### Neural CDE, {results['environment']['device']}, {flags}\n")
     cases = (Case(steps=64, batch=2),) if options.quick else CASES
@@ -468,29 +464,14 @@ def main(argv=None) -> dict | None:
     if not options.one_flag:
         print("\n### Training, float32\n")
         print(training_table(results["training"]), flush=True)
-        on_cpu = jax.default_backend() == "cpu"
-        if on_cpu and CPU_FLAG not in os.environ.get("XLA_FLAGS", ""):
-            results["with_cpu_flag"] = _again_with_flag(options)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        if can_use_cpu_flag():
+            arguments = ["--one-flag", "--repeats", str(options.repeats)]
+            arguments += ["--quick"] * options.quick
+            results["with_cpu_flag"] = again_with_cpu_flag(
+                "benchmarks._neural_cde", arguments
+            )
+    write(results, options.out)
     return results
-
-
-def _again_with_flag(options) -> dict | None:
-    """The same table in a process whose XLA compiles every loop."""
-    print(flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        out = pathlib.Path(folder) / "results.json"
-        command = [sys.executable, "-m", "benchmarks._neural_cde", "--one-flag"]
-        command += ["--out", str(out), "--repeats", str(options.repeats)]
-        command += ["--quick"] * options.quick
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {CPU_FLAG}".strip()
-        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags})
-        if done.returncode != 0:
-            print("(this XLA does not know the flag: not measured)")
-            return None
-        return json.loads(out.read_text())
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ $y_i - A_i y_{i-1} = b_i$, whose transpose is the same kind of recurrence, run
 backwards with $A^\top$. That is all that derivatives of any order need.
 """
 
+from typing import TypeGuard
+
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -31,7 +33,7 @@ _SMALL = 8
 _TINY = 4
 
 
-def _is_dense(A: Propagators, b: _Steps) -> bool:
+def _is_dense(A: Propagators, b: _Steps) -> TypeGuard[Array]:
     return not isinstance(A, Blocks) and A.ndim == b.ndim + 1
 
 
@@ -118,11 +120,11 @@ def scan_from_zero(A: Propagators, b: _Steps, reverse: bool = False) -> _Steps:
     )
 
 
-def _is_rectangular(A: Propagators, b: _Steps) -> bool:
+def _is_rectangular(A: Propagators, b: _Steps) -> TypeGuard[Array]:
     return _is_dense(A, b) and A.shape[-1] < b.shape[-1]
 
 
-def _from_tail(solve, A: Propagators, b: _Steps, reverse: bool) -> _Steps:
+def _from_tail(solve, A: Array, b: _Steps, reverse: bool) -> _Steps:
     """A recurrence in which only the last entries of a state pass on to the next.
 
     Those are a recurrence of their own; the others follow from it, all at once.

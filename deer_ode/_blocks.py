@@ -103,7 +103,7 @@ def find_blocks(dependence: Any) -> BlockOrder | None:
     num, labels = csgraph.connected_components(dependence, directed=False)
     if num <= 1:
         return None
-    groups = [np.flatnonzero(labels == k) for k in range(num)]
+    groups = [np.flatnonzero(labels == k).tolist() for k in range(num)]
     groups.sort(key=len, reverse=True)
     size = len(groups[0])
     bins: list[list[int]] = []
@@ -112,7 +112,7 @@ def find_blocks(dependence: Any) -> BlockOrder | None:
         room = (b for b in bins if len(b) + len(group) <= size)
         into = None if len(group) == size else next(room, None)
         if into is None:
-            bins.append(list(group))
+            bins.append(group)
         else:
             into.extend(group)
     if 2 * len(bins) * size**2 > state_size**2:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
@@ -139,11 +140,15 @@ class AbstractMapRecurrence(AbstractRecurrence):
 
         return jax.vmap(linearise_step)(previous_states(self.y0, ys), self.xs)
 
+    @abc.abstractmethod
+    def sizes(self, ys: Trajectory) -> Trajectory:
+        """How large the numbers are in which `ys` are computed, entry by entry."""
+
     def linearise(self, ys, linearisation):
         values, A = self.jacobians(ys, linearisation)
         residual = values - ys
         before = jnp.abs(previous_states(self.y0, ys))
-        size = jnp.abs(ys) + apply(absolute(A), before)
+        size = self.sizes(ys) + apply(absolute(A), before)
         return Linearised(residual, A, residual, size)
 
     def linear_response(self, ys, tangent, linearisation):
@@ -176,6 +181,17 @@ class Recurrence(AbstractMapRecurrence):
     @property
     def eps(self):
         return self.flattener.eps
+
+    def sizes(self, ys):
+        """Of a step only its value is seen, which may be next to nothing where it is
+        the difference of large terms. So the largest entry of its leaf stands for
+        these, of the steps up to this one: of those that are right, if it is the next.
+        """
+        sizes = jnp.abs(jnp.concatenate([self.y0[None], ys]))
+        largest = self.flattener.map_leaves(
+            lambda x: jnp.broadcast_to(jnp.max(x, -1, keepdims=True), x.shape), sizes
+        )
+        return lax.cummax(largest)[1:]
 
     def flatten(self, ys):
         return jax.vmap(self.flattener.flatten)(ys)

@@ -38,8 +38,8 @@ class ResidualClassifier(eqx.Module):
     u^0_i &= e(x_i), \\
     u^k &= u^{k-1} + \operatorname{GLU}\left(M_k R_k(\operatorname{norm}(u^{k-1}))
         \right), \\
-    \text{logits} &= L \operatorname{norm}\left[\operatorname{mean}_i u_i,
-        \max_i u_i\right],
+    v &= \operatorname{norm}(u^K), \\
+    \text{logits} &= L \left[\operatorname{mean}_i v_i, \max_i v_i\right],
     \end{aligned}$$
 
     where $\operatorname{GLU}$ gates one half of its input by the logistic function of
@@ -103,7 +103,7 @@ class ResidualClassifier(eqx.Module):
             eqx.nn.Linear(layer.out_size, 2 * width, dtype=dtype, key=key)
             for layer, key in zip(layers, keys, strict=True)
         ]
-        self.last_norm = eqx.nn.LayerNorm(2 * width, dtype=dtype)
+        self.last_norm = eqx.nn.LayerNorm(width, dtype=dtype)
         self.last = eqx.nn.Linear(2 * width, num_classes, dtype=dtype, key=last_key)
         self.dropout = dropout
 
@@ -147,7 +147,7 @@ class ResidualClassifier(eqx.Module):
                 kept = jr.bernoulli(now, 1 - self.dropout, (1, layer.out_size))
                 outs = jnp.where(kept, outs / (1 - self.dropout), 0)
             us = us + jax.nn.glu(jax.vmap(mixer)(outs))
-        pooled = self.last_norm(_pool(us, mask))
+        pooled = _pool(jax.vmap(self.last_norm)(us), mask)
         if key is not None and self.dropout > 0:
             kept = jr.bernoulli(key, 1 - self.dropout, pooled.shape)
             pooled = jnp.where(kept, pooled / (1 - self.dropout), 0)

@@ -1,0 +1,67 @@
+"""In what surroundings a benchmark runs, and the same with other XLA flags."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+
+
+# XLA on CPU compiles small loops into one kernel and interprets larger ones; this makes
+# it compile them all. It speeds up step-by-step rivals, so all ratios are given twice.
+CPU_FLAG = (
+    "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000000"
+)
+
+
+def environment() -> dict:
+    import jax
+
+    device = jax.devices()[0]
+    packages = ("jax", "jaxlib", "diffrax", "equinox", "lineax", "optimistix")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parent,
+    ).stdout.strip()
+    return {
+        "device": device.device_kind if device.platform != "cpu" else "CPU",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit or None,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def can_use_cpu_flag() -> bool:
+    import jax
+
+    is_set = CPU_FLAG in os.environ.get("XLA_FLAGS", "")
+    return jax.default_backend() == "cpu" and not is_set
+
+
+def again_with_cpu_flag(module: str, arguments: list[str]) -> dict | None:
+    """What `python -m module arguments --out FILE` writes where XLA compiles every
+    loop; `None` where it fails.
+    """
+    print(flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "results.json"
+        command = [sys.executable, "-m", module, *arguments, "--out", str(out)]
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {CPU_FLAG}".strip()
+        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags})
+        if done.returncode != 0:
+            print("(this XLA does not know the flag: not measured)")
+            return None
+        return json.loads(out.read_text())
+
+
+def write(results: dict, out: pathlib.Path | None) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
