@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from ._affine import affine_solve
 from ._linearisation import Auto, Dense
 from ._newton import Newton, NewtonSolution
-from ._recurrence import AbstractRecurrence
+from ._recurrence import AbstractRecurrence, Recurrence
 
 
 @eqx.filter_custom_jvp
@@ -37,10 +37,17 @@ def _solve_jvp(primals, tangents):
     # What the forward pass used may have been cheaper; a derivative needs all of it.
     is_exact = isinstance(method.linearisation, Dense | Auto)
     exact = recurrence.choose(method.linearisation if is_exact else Auto())
-    num_steps, state_size = ys.shape
-    exact.check_size(num_steps, state_size, ys.dtype)
-    A, b = recurrence.linear_response(ys, t_recurrence, exact)
-    return solution, t_solution._replace(ys=affine_solve(A, b))
+    size = (*ys.shape, ys.dtype)
+    if (
+        isinstance(recurrence, Recurrence)
+        and isinstance(exact, Dense)
+        and exact.num_bytes(*size) > exact.max_bytes
+    ):
+        t_ys = recurrence.sequential_response(ys, t_recurrence)
+    else:
+        exact.check_size(*size)
+        t_ys = affine_solve(*recurrence.linear_response(ys, t_recurrence, exact))
+    return solution, t_solution._replace(ys=t_ys)
 
 
 def solve_trajectory(recurrence: AbstractRecurrence, method: Newton) -> NewtonSolution:

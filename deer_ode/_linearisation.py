@@ -79,10 +79,10 @@ class Dense(AbstractLinearisation):
                 f"numbers ({np.dtype(dtype).name}) need {needed:,} bytes, more than "
                 f"the {self.max_bytes:,} allowed. Solve in shorter windows "
                 "(`DEER(..., num_substeps=...)` in `diffrax.diffeqsolve`), keep only "
-                "the diagonal (`Newton(linearisation=Diagonal())`; derivatives need "
-                "all of it all the same), divide the state into heads that do not "
-                "depend on each other, or, if the memory is there, allow it "
-                "(`Newton(linearisation=Dense(max_bytes=...))`)."
+                "the diagonal (`Newton(linearisation=Diagonal())`; derivatives of "
+                "differential equations need all of it all the same), divide the "
+                "state into heads that do not depend on each other, or, if the memory "
+                "is there, allow it (`Newton(linearisation=Dense(max_bytes=...))`)."
             )
 
 

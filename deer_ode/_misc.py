@@ -10,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Inexact
 
 from ._custom_types import Mask, State, Trajectory, Y
 
@@ -77,7 +77,9 @@ class StateFlattener(eqx.Module):
         return jtu.tree_unflatten(self._structure, out)
 
 
-def previous_states(y0: State, ys: Trajectory) -> Trajectory:
+def previous_states(
+    y0: Inexact[Array, "*state"], ys: Inexact[Array, "steps *state"]
+) -> Inexact[Array, "steps *state"]:
     r"""$(y_0, \dots, y_{T-1})$ from $y_0$ and $(y_1, \dots, y_T)$."""
     return jnp.concatenate([y0[None], ys[:-1]])
 

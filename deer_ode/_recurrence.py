@@ -193,6 +193,22 @@ class Recurrence(AbstractMapRecurrence):
         )
         return lax.cummax(largest)[1:]
 
+    def sequential_response(self, ys: Trajectory, tangent: Any) -> Trajectory:
+        """What `linear_response` leads to, one step after the other: for Jacobians that
+        are too large to be kept.
+        """
+        _, b = eqx.filter_jvp(
+            lambda recurrence: recurrence.evaluate(ys), (self,), (tangent,)
+        )
+
+        def step(t_y, inputs):
+            y, x, b_i = inputs
+            _, t_y = jax.jvp(lambda y: self.f(y, x), (y,), (t_y,))
+            return (t_y + b_i,) * 2
+
+        starts = previous_states(self.y0, ys)
+        return lax.scan(step, jnp.zeros_like(self.y0), (starts, self.xs, b))[1]
+
     def flatten(self, ys):
         return jax.vmap(self.flattener.flatten)(ys)
 

@@ -7,6 +7,7 @@ runs the recurrences one step after the other.
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -170,6 +171,7 @@ def train_step(model, opt_state, optimiser, batch, method: Method, guess, key):
     return eqx.apply_updates(model, updates), opt_state, loss, out
 
 
+@functools.cache  # The same object again, so that nothing is compiled twice.
 def make_optimiser(learning_rate: float, num_steps: int):
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, num_steps // 10), num_steps, 0.01 * learning_rate

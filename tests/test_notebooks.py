@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import jax
 import pytest
@@ -31,9 +32,28 @@ def test_first_solve(monkeypatch):
     assert found["warm_steps"] == 1
 
 
+@pytest.mark.slow
+def test_recurrent_networks(monkeypatch):
+    datasets = pytest.importorskip("examples.datasets")
+    if not (datasets.data_folder() / "spoken_digits_8khz.npz").exists():
+        pytest.skip("the spoken digits are not in the folder that DEER_ODE_DATA names")
+    monkeypatch.setenv("DEER_ODE_NOTEBOOK_EPOCHS", "2")
+    monkeypatch.chdir(FOLDER)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    with jax.enable_x64(False):
+        found = run("recurrent_networks.ipynb")
+    # States of at most one, in float32.
+    assert found["difference"] < 1e3 * 2**-23
+    steps = found["newton_steps"]
+    assert steps["Auto"] == steps["Dense"] < steps["Diagonal"]
+    # Of ten digits, after two epochs of forty.
+    assert found["history"]["accuracy"][-1] > 0.3
+    assert len(found["history"]["accuracy"]) == 2
+
+
 def test_every_notebook_is_tested():
     names = {path.name for path in FOLDER.glob("*.ipynb")}
-    assert names == {"first_solve.ipynb"}
+    assert names == {"first_solve.ipynb", "recurrent_networks.ipynb"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda p: p.name)

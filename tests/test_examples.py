@@ -1,0 +1,145 @@
+"""The training example, on tones that are told apart in seconds."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from examples import classify, datasets
+
+from .helpers import rounding
+
+
+EPOCHS = 12
+
+
+def tones(num_samples=48, num_steps=40, frame=4, seed=0):
+    """Low tones and high ones, of several lengths, in noise."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num_samples, dtype=np.int32) % 2
+    lengths = rng.integers(num_steps // 2, num_steps + 1, num_samples).astype(np.int32)
+    times = np.arange(num_steps * frame).reshape(num_steps, frame)
+    phases = rng.uniform(0, 2 * np.pi, (num_samples, 1, 1))
+    xs = np.sin(np.array([0.3, 1.5])[labels][:, None, None] * times + phases)
+    xs = xs + 0.1 * rng.normal(size=xs.shape)
+    xs[np.arange(num_steps) >= lengths[:, None]] = 0
+    is_test = np.arange(num_samples) % 6 >= 4
+    return datasets.Sequences(
+        xs.astype(np.float32), lengths, labels, is_test, ("low", "high")
+    )
+
+
+def options(out, *more):
+    small = "--width 8 --filters 8 --heads 4 --batch-size 8 --layers 1 --quiet --plain"
+    return classify.parse(
+        ["digits", "--out", str(out), *small.split(), "--epochs", str(EPOCHS), *more]
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_users_have_it():
+    """Single precision, and without the strictness of the tests."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def parallel(folder):
+    return classify.train(options(folder / "parallel"), tones())
+
+
+def test_learns(parallel, folder):
+    assert len(parallel["loss"]) == 4 * EPOCHS
+    assert np.mean(parallel["loss"][-4:]) < 0.7 * np.mean(parallel["loss"][:4])
+    assert parallel["accuracy"][-1] > 0.9
+    assert all(0 < n < 20 for n in parallel["newton_steps"])
+    assert not any(parallel["fallback_steps"])
+    # What is written is what is returned, and can be looked at.
+    assert json.loads((folder / "parallel" / "history.json").read_text()) == json.loads(
+        json.dumps(parallel)
+    )
+    assert (folder / "parallel" / "curves.png").stat().st_size > 10_000
+
+
+def test_sequential_has_the_same_losses(parallel, folder):
+    sequential = classify.train(options(folder / "loop", "--sequential"), tones())
+    assert not any(sequential["newton_steps"])
+    # In the first steps; later the rounding of both has been trained on.
+    np.testing.assert_allclose(
+        parallel["loss"][:4], sequential["loss"][:4], rtol=rounding(np.float32)
+    )
+
+
+def test_resumed_is_the_same_run(parallel, folder):
+    """Stopped after the first epoch and gone on with, to the last bit."""
+    out = folder / "resumed"
+    interrupted = tones()
+    seen = []
+    real_save = classify.save
+
+    def stop(folder, state, history):
+        real_save(folder, state, history)
+        seen.append(len(history["accuracy"]))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classify, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            classify.train(options(out), interrupted)
+    assert seen == [1]
+    resumed = classify.train(options(out, "--resume"), tones())
+    assert resumed["loss"] == parallel["loss"]
+    assert resumed["accuracy"] == parallel["accuracy"]
+    with pytest.raises(ValueError, match=r"other options.*'seed': \(1, 0\)"):
+        classify.train(options(out, "--resume", "--seed", "1"), tones())
+
+
+def test_last_states_save_newton_steps(parallel, folder):
+    warm = classify.train(options(folder / "warm", "--warm-start"), tones())
+    # Samples are met for the second time in the second epoch.
+    assert warm["newton_steps"][:4] == parallel["newton_steps"][:4]
+    assert np.mean(warm["newton_steps"][4:]) < np.mean(parallel["newton_steps"][4:])
+    np.testing.assert_allclose(
+        warm["loss"][:8], parallel["loss"][:8], rtol=10 * rounding(np.float32)
+    )
+
+
+def test_augmentation_keeps_what_a_sequence_is():
+    rng = np.random.default_rng(0)
+    clip = np.sin(0.3 * np.arange(4000)).astype(np.float32).reshape(250, 16)
+    for _ in range(20):
+        new = classify.augment_clip(clip, rng)
+        assert new.dtype == np.float32 and new.shape[1] == 16
+        # A tenth faster and a tenth cut off at most; or a tenth slower.
+        assert 0.8 * 250 < len(new) < 1.12 * 250
+        assert 0.2 < np.sqrt(np.mean(new**2)) < 5
+        spectrum = np.abs(np.fft.rfft(new.reshape(-1)))
+        tone = 2 * np.pi * np.argmax(spectrum) / new.size
+        assert 0.26 < tone < 0.34
+        turned = np.sort(np.abs(classify.turn_about(clip, rng)).reshape(-1))
+        expected = np.sort(np.abs(clip).reshape(-1))
+        gain = turned[-1] / expected[-1]
+        np.testing.assert_allclose(turned, gain * expected, rtol=rounding(np.float32))
+
+
+def test_bad_options(capsys):
+    for words, message in (
+        (["digits", "--heads", "3"], "--heads must be an even number"),
+        (["digits", "--epochs", "0"], "--epochs must be 1 or more"),
+        (["cifar10"], "needs --folder"),
+    ):
+        with pytest.raises(SystemExit):
+            classify.parse(words)
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--batch-size 100.*32 training samples"):
+        classify.train(options("unused", "--batch-size", "100"), tones())
