@@ -37,16 +37,17 @@ def _solve_jvp(primals, tangents):
     # What the forward pass used may have been cheaper; a derivative needs all of it.
     is_exact = isinstance(method.linearisation, Dense | Auto)
     exact = recurrence.choose(method.linearisation if is_exact else Auto())
-    size = (*ys.shape, ys.dtype)
+    num_steps, state_size = ys.shape
     if (
         isinstance(recurrence, Recurrence)
         and isinstance(exact, Dense)
-        and exact.num_bytes(*size) > exact.max_bytes
+        and exact.num_bytes(num_steps, state_size, ys.dtype) > exact.max_bytes
     ):
         t_ys = recurrence.sequential_response(ys, t_recurrence)
     else:
-        exact.check_size(*size)
-        t_ys = affine_solve(*recurrence.linear_response(ys, t_recurrence, exact))
+        exact.check_size(num_steps, state_size, ys.dtype)
+        A, b = recurrence.linear_response(ys, t_recurrence, exact)
+        t_ys = affine_solve(A, b)
     return solution, t_solution._replace(ys=t_ys)
 
 
