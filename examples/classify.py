@@ -22,11 +22,10 @@ import jax.tree_util as jtu
 import numpy as np
 import optax
 import tqdm
-from jaxtyping import Array, PRNGKeyArray
 
 import deer_ode
-from deer_ode.nn import Bidirectional, MultiHeadGRU, ResidualClassifier
 from examples import datasets
+from examples.models import apply, make_model
 
 
 Rng = np.random.Generator
@@ -40,7 +39,7 @@ class Task:
     load: Callable[[argparse.Namespace], datasets.Sequences]
     augment: Callable[[np.ndarray, Rng], np.ndarray]
     # Sequences are padded to the shortest of these that holds the whole batch, so that
-    # few programs are compiled. `None`: all of one length.
+    # few programs are compiled. `None`: to that of the longest.
     padded_steps: tuple[int, ...] | None
     defaults: dict[str, Any]
 
@@ -65,16 +64,29 @@ def augment_clip(xs: np.ndarray, rng: Rng) -> np.ndarray:
     return clip.reshape(-1, frame)
 
 
-def turn_about(xs: np.ndarray, rng: Rng) -> np.ndarray:
-    """A vibration begun elsewhere, louder or softer, and the other way up."""
-    start = rng.integers(len(xs))
-    gain = np.exp(0.2 * rng.normal()) * rng.choice([-1, 1])
-    return (np.roll(xs, start, axis=0) * gain).astype(np.float32)
+def crop_vibration(xs: np.ndarray, rng: Rng) -> np.ndarray:
+    """Some 2,048 samples of a vibration, a little faster or slower, louder or softer
+    in each channel, either way up, in noise.
+    """
+    speed, num_steps = rng.uniform(0.95, 1.05), min(2048, int(len(xs) / 1.06))
+    start = rng.integers(0, len(xs) - int(num_steps * speed) - 1)
+    places = start + speed * np.arange(num_steps)
+    channels = [np.interp(places, np.arange(len(xs)), x) for x in xs.T]
+    crop = np.stack(channels, axis=1) * np.exp(0.2 * rng.normal(size=xs.shape[1]))
+    crop = crop * rng.choice([-1, 1])
+    crop = crop + 0.1 * rng.uniform() * rng.normal(size=crop.shape)
+    return crop.astype(np.float32)
 
 
 def leave(xs: np.ndarray, rng: Rng) -> np.ndarray:
     del rng
     return xs
+
+
+def _standardised(data: datasets.Sequences) -> datasets.Sequences:
+    """Each channel of each window by itself: how loud it is tells the machine."""
+    mean, std = data.xs.mean(1, keepdims=True), data.xs.std(1, keepdims=True)
+    return data._replace(xs=((data.xs - mean) / std).astype(np.float32))
 
 
 TASKS = {
@@ -85,10 +97,11 @@ TASKS = {
         dict(epochs=40, heads=32, layers=1),
     ),
     "bearings": Task(
-        lambda o: datasets.load_bearings(o.frame or 1, o.seed),
-        turn_about,
-        None,
-        dict(epochs=20, heads=16, layers=1, width=16, filters=32),
+        lambda o: _standardised(datasets.load_bearings(o.frame or 1, o.seed)),
+        crop_vibration,
+        (2048, 17_984),
+        # A pass is five batches.
+        dict(epochs=7, passes=20, heads=16, layers=1, width=16, filters=16),
     ),
     "mnist": Task(lambda o: datasets.load_mnist(), leave, None, dict(epochs=5)),
     "eigenworms": Task(
@@ -98,57 +111,6 @@ TASKS = {
         lambda o: datasets.load_cifar10(o.folder), leave, None, dict(epochs=20)
     ),
 }
-
-
-class LogEnergies(eqx.Module):
-    r"""Logarithms of the energies behind filters that are learned:
-    $W \log(e^\epsilon + p^2 + q^2)$ with $(p, q) = F x$.
-    """
-
-    filters: Array
-    log_floor: Array
-    last: eqx.nn.Linear
-
-    def __init__(self, in_size: int, filters: int, out_size: int, *, key: PRNGKeyArray):
-        keys = jr.split(key)
-        self.filters = jr.normal(keys[0], (filters, in_size)) / in_size**0.5
-        self.log_floor = jnp.full(filters // 2, np.log(0.01))
-        self.last = eqx.nn.Linear(filters // 2, out_size, key=keys[1])
-
-    def __call__(self, x):
-        p, q = jnp.split(self.filters @ x, 2)
-        return self.last(jnp.log(jnp.exp(self.log_floor) + p**2 + q**2))
-
-
-def make_model(options, num_channels: int, num_classes: int) -> ResidualClassifier:
-    encoder_key, model_key, *keys = jr.split(jr.key(options.seed), 2 + options.layers)
-
-    def layer(key):
-        sizes = (options.width, options.heads // 2, options.head_size)
-        forward, backward = jr.split(key)
-        return Bidirectional(
-            MultiHeadGRU(*sizes, key=forward),
-            MultiHeadGRU(*sizes, reverse=True, key=backward),
-        )
-
-    return ResidualClassifier(
-        LogEnergies(num_channels, options.filters, options.width, key=encoder_key),
-        [layer(key) for key in keys],
-        width=options.width,
-        num_classes=num_classes,
-        dropout=options.dropout,
-        key=model_key,
-    )
-
-
-def apply(model, xs, lengths, method: Method, guess=None, key=None):
-    """The model on a batch."""
-    keys = None if key is None else jr.split(key, len(xs))
-
-    def one(xs, length, guess, key):
-        return model(xs, length=length, method=method, guess=guess, key=key)
-
-    return jax.vmap(one)(xs, lengths, guess, keys)
 
 
 @eqx.filter_jit
@@ -198,10 +160,11 @@ def make_batch(data, ids, augment, rng: Rng | None, padded_steps):
     return xs, lengths, data.labels[ids]
 
 
-def epoch_of_batches(data, batch_size: int, rng: Rng) -> list[np.ndarray]:
-    """All training samples once, in batches of similar length."""
-    ids = rng.permutation(np.flatnonzero(~data.is_test))
-    ids = ids[: len(ids) // batch_size * batch_size]
+def epoch_of_batches(data, options, rng: Rng) -> list[np.ndarray]:
+    """All training samples, so many times, in batches of similar length."""
+    batch_size, ids = options.batch_size, np.flatnonzero(~data.is_test)
+    count = len(ids) // batch_size * batch_size
+    ids = np.concatenate([rng.permutation(ids)[:count] for _ in range(options.passes)])
     by_length = [p[np.argsort(data.lengths[p])] for p in np.array_split(ids, 3)]
     batches = np.concatenate(by_length).reshape(-1, batch_size)
     return list(rng.permutation(batches))
@@ -278,6 +241,7 @@ def train(options: argparse.Namespace, data: datasets.Sequences | None = None) -
             f"`--batch-size {options.batch_size}` is more than the "
             f"{int(np.sum(~data.is_test))} training samples."
         )
+    num_batches *= options.passes
     optimiser = make_optimiser(options.learning_rate, options.epochs * num_batches)
     opt_state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
     shown = {k: v for k, v in vars(options).items() if k not in ("out", "resume")}
@@ -295,7 +259,7 @@ def train(options: argparse.Namespace, data: datasets.Sequences | None = None) -
         # Of the epoch alone, so that a run that is resumed is the same run.
         rng = np.random.default_rng((options.seed, epoch))
         keys = jr.split(jr.fold_in(jr.key(options.seed), epoch), num_batches)
-        batches = epoch_of_batches(data, options.batch_size, rng)
+        batches = epoch_of_batches(data, options, rng)
         start, seen = time.perf_counter(), []
         progress = tqdm.tqdm(batches, f"epoch {epoch + 1}", disable=options.quiet)
         for ids, key in zip(progress, keys, strict=True):
@@ -356,6 +320,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--plain", action="store_true", help="without augmentation")
     add("--seed", type=int, default=0)
     add("--epochs", type=int)
+    add("--passes", type=int, default=1, help="through the data in each epoch")
     add("--batch-size", type=int, default=16)
     add("--learning-rate", type=float, default=5e-3)
     add("--layers", type=int, default=2)
@@ -376,7 +341,7 @@ def parse(argv=None) -> argparse.Namespace:
         options.out = pathlib.Path("runs") / options.task
     if options.task in ("eigenworms", "cifar10") and options.folder is None:
         parser.error(f"{options.task} needs --folder, where its files are")
-    for name in ("epochs", "batch_size", "layers", "width", "head_size"):
+    for name in ("epochs", "passes", "batch_size", "layers", "width", "head_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or more")
     for name in ("filters", "heads"):

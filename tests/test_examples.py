@@ -126,10 +126,20 @@ def test_augmentation_keeps_what_a_sequence_is():
         spectrum = np.abs(np.fft.rfft(new.reshape(-1)))
         tone = 2 * np.pi * np.argmax(spectrum) / new.size
         assert 0.26 < tone < 0.34
-        turned = np.sort(np.abs(classify.turn_about(clip, rng)).reshape(-1))
-        expected = np.sort(np.abs(clip).reshape(-1))
-        gain = turned[-1] / expected[-1]
-        np.testing.assert_allclose(turned, gain * expected, rtol=rounding(np.float32))
+
+
+def test_crops_are_of_the_vibration():
+    rng = np.random.default_rng(0)
+    times = np.arange(17_984)
+    vibration = np.stack([np.sin(0.3 * times), np.cos(0.1 * times)], axis=1)
+    for _ in range(20):
+        crop = classify.crop_vibration(vibration.astype(np.float32), rng)
+        assert crop.dtype == np.float32 and crop.shape == (2048, 2)
+        spectra = np.abs(np.fft.rfft(crop, axis=0))
+        tones = 2 * np.pi * np.argmax(spectra, axis=0) / 2048
+        # A twentieth faster or slower, and as fine as the transform.
+        np.testing.assert_allclose(tones, [0.3, 0.1], rtol=0.05, atol=np.pi / 2048)
+        assert 0.3 < np.sqrt(np.mean(crop**2)) < 2
 
 
 def test_bad_options(capsys):
