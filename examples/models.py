@@ -13,6 +13,8 @@ from deer_ode.nn import (
     Classification,
     MultiHeadGRU,
     ResidualClassifier,
+    mean_and_max,
+    mean_and_std,
 )
 
 
@@ -103,6 +105,8 @@ def make_model(options, num_channels: int, num_classes: int):
         [layer(key) for key in keys],
         width=options.width,
         num_classes=num_classes,
+        # Trained on crops.
+        pool=mean_and_std if is_vibration else mean_and_max,
         dropout=options.dropout,
         key=jr.fold_in(model_key, 1),
     )

@@ -7,10 +7,73 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._newton import Newton
 from ._layer import AbstractRecurrentLayer, as_mask, fill_padding, together
+
+
+def mean_and_max(
+    us: Float[Array, "steps width"], mask: Bool[Array, " steps"] | None = None
+) -> Float[Array, " two_width"]:
+    """Mean and maximum over the steps that there are; zero where there are none.
+
+    **Arguments:**
+
+    - `us`: of shape `(steps, width)`.
+    - `mask`: which steps there are; all of them unless given.
+
+    **Returns:**
+
+    Both, one after the other, of shape `(2 * width,)`.
+
+    !!! example
+
+        >>> import jax.numpy as jnp
+        >>> from deer_ode.nn import mean_and_max
+        >>> mean_and_max(jnp.array([[1.0], [3.0]])).tolist()
+        [2.0, 3.0]
+    """
+    if mask is None:
+        return jnp.concatenate([jnp.mean(us, axis=0), jnp.max(us, axis=0)])
+    lowest = jnp.finfo(us.dtype).min
+    largest = jnp.max(jnp.where(mask[:, None], us, lowest), axis=0)
+    largest = jnp.where(jnp.any(mask), largest, jnp.zeros_like(largest))
+    return jnp.concatenate([_mean(us, mask), largest])
+
+
+def mean_and_std(
+    us: Float[Array, "steps width"], mask: Bool[Array, " steps"] | None = None
+) -> Float[Array, " two_width"]:
+    """Mean and standard deviation over the steps that there are.
+
+    Unlike a maximum they do not grow with the length of a sequence: for a model that is
+    trained on pieces and used on the whole.
+
+    **Arguments:** as [`deer_ode.nn.mean_and_max`][].
+
+    **Returns:**
+
+    Both, one after the other, of shape `(2 * width,)`.
+
+    !!! example
+
+        >>> import jax.numpy as jnp
+        >>> from deer_ode.nn import mean_and_std
+        >>> [round(float(x), 3) for x in mean_and_std(jnp.array([[1.0], [3.0]]))]
+        [2.0, 1.0]
+    """
+    mask = jnp.ones(us.shape[0], bool) if mask is None else mask
+    mean = _mean(us, mask)
+    # The root of nothing has no derivative.
+    floor = jnp.finfo(us.dtype).eps
+    variance = _mean((us - mean[None]) ** 2, mask)
+    return jnp.concatenate([mean, jnp.sqrt(variance + floor)])
+
+
+def _mean(us, mask):
+    count = jnp.maximum(jnp.sum(mask), 1).astype(us.dtype)
+    return jnp.sum(jnp.where(mask[:, None], us, 0), axis=0) / count
 
 
 class Classification(NamedTuple):
@@ -43,7 +106,7 @@ class ResidualClassifier(eqx.Module):
     \end{aligned}$$
 
     where $\operatorname{GLU}$ gates one half of its input by the logistic function of
-    the other. Means and maxima are over what is not padding. For one sequence;
+    the other. What is pooled are the steps that are not padding. For one sequence;
     `jax.vmap` makes it one for a batch.
 
     !!! example
@@ -68,6 +131,7 @@ class ResidualClassifier(eqx.Module):
     mixers: list[eqx.nn.Linear]
     last_norm: eqx.nn.LayerNorm
     last: eqx.nn.Linear
+    pool: Callable[..., Array] = eqx.field(static=True)
     dropout: float = eqx.field(static=True)
 
     def __init__(
@@ -77,6 +141,7 @@ class ResidualClassifier(eqx.Module):
         *,
         width: int,
         num_classes: int,
+        pool: Callable[..., Array] = mean_and_max,
         dropout: float = 0.0,
         dtype=None,
         key: PRNGKeyArray,
@@ -88,6 +153,9 @@ class ResidualClassifier(eqx.Module):
             to `width`.
         - `width`: the size of what goes from layer to layer.
         - `num_classes`: how many numbers come out.
+        - `pool`: how the steps become one: [`deer_ode.nn.mean_and_max`][],
+            [`deer_ode.nn.mean_and_std`][], or any `(us, mask) -> vector` that gives
+            `2 * width` numbers.
         - `dropout`: which part of a layer's outputs is left out while training, for the
             whole of a sequence.
         - `dtype`: of the parameters; JAX's default floating dtype unless given.
@@ -105,6 +173,7 @@ class ResidualClassifier(eqx.Module):
         ]
         self.last_norm = eqx.nn.LayerNorm(width, dtype=dtype)
         self.last = eqx.nn.Linear(2 * width, num_classes, dtype=dtype, key=last_key)
+        self.pool = pool
         self.dropout = dropout
 
     def __call__(
@@ -147,7 +216,7 @@ class ResidualClassifier(eqx.Module):
                 kept = jr.bernoulli(now, 1 - self.dropout, (1, layer.out_size))
                 outs = jnp.where(kept, outs / (1 - self.dropout), 0)
             us = us + jax.nn.glu(jax.vmap(mixer)(outs))
-        pooled = _pool(jax.vmap(self.last_norm)(us), mask)
+        pooled = self.pool(jax.vmap(self.last_norm)(us), mask)
         if key is not None and self.dropout > 0:
             kept = jr.bernoulli(key, 1 - self.dropout, pooled.shape)
             pooled = jnp.where(kept, pooled / (1 - self.dropout), 0)
@@ -156,15 +225,3 @@ class ResidualClassifier(eqx.Module):
             [s.carries for s in solutions],
             together([s.stats for s in solutions]),
         )
-
-
-def _pool(us, mask):
-    """Mean and maximum over the steps that there are."""
-    if mask is None:
-        return jnp.concatenate([jnp.mean(us, axis=0), jnp.max(us, axis=0)])
-    there = mask[:, None]
-    count = jnp.maximum(jnp.sum(mask), 1).astype(us.dtype)
-    mean = jnp.sum(jnp.where(there, us, 0), axis=0) / count
-    # Zero where there is nothing at all.
-    most = jnp.max(jnp.where(there, us, jnp.finfo(us.dtype).min), axis=0)
-    return jnp.concatenate([mean, jnp.where(jnp.any(mask), most, 0)])
