@@ -1,11 +1,9 @@
 """Block-diagonal matrices: entries of a state that move in groups of their own."""
 
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from scipy.sparse import csgraph
 
 
@@ -93,33 +91,49 @@ class Blocks(eqx.Module):
         return Blocks(jnp.swapaxes(self.entries, -2, -3), self.order)
 
 
-def find_blocks(dependence: Any) -> BlockOrder | None:
+def connected(dependence: Bool[np.ndarray, "state state"]) -> tuple[int, ...]:
+    """For each entry of a state the number of its group: entries of different groups do
+    not depend on each other, not by way of others either.
+    """
+    _, labels = csgraph.connected_components(dependence, directed=False)
+    return tuple(labels.tolist())
+
+
+def have_blocks(groups: tuple[int, ...], order: BlockOrder) -> bool:
+    """Whether no group is divided between blocks of `order`."""
+    block_of = np.zeros(order.state_size + 1, np.int32)
+    block_of[order.entries] = np.arange(order.num_blocks)
+    pairs = set(zip(groups, block_of[:-1].tolist(), strict=True))
+    return len(pairs) == len(set(groups))
+
+
+def find_blocks(groups: tuple[int, ...]) -> BlockOrder | None:
     """The finest division of a state into blocks that do not depend on each other.
 
-    Blocks of different sizes are put together into blocks of the largest of these
+    Groups of different sizes are put together into blocks of the largest of these
     sizes. `None` where that leaves more than half of all entries.
     """
-    state_size = dependence.shape[0]
-    num, labels = csgraph.connected_components(dependence, directed=False)
-    if num <= 1:
-        return None
-    groups = [np.flatnonzero(labels == k).tolist() for k in range(num)]
-    groups.sort(key=len, reverse=True)
-    size = len(groups[0])
+    state_size = len(groups)
+    members: dict[int, list[int]] = {}
+    for entry, label in enumerate(groups):
+        members.setdefault(label, []).append(entry)
+    ordered = sorted(members.values(), key=len, reverse=True)
+    size = len(ordered[0])
+    full = [group for group in ordered if len(group) == size]
     bins: list[list[int]] = []
-    for group in groups:
-        # First fit, the largest first, which wastes little. Of one size each fills one.
-        room = (b for b in bins if len(b) + len(group) <= size)
-        into = None if len(group) == size else next(room, None)
+    for group in ordered[len(full) :]:
+        # First fit, the largest first, which wastes little.
+        into = next((b for b in bins if len(b) + len(group) <= size), None)
         if into is None:
-            bins.append(group)
+            bins.append(list(group))
         else:
             into.extend(group)
+    bins = full + bins
     if 2 * len(bins) * size**2 > state_size**2:
         return None
     # In the order of the state where that is possible, so that it need not be sorted.
     bins = sorted((sorted(b) for b in bins), key=lambda b: b[0])
     entries = np.full((size, len(bins)), state_size, np.int32)
-    for j, members in enumerate(bins):
-        entries[: len(members), j] = members
+    for j, block in enumerate(bins):
+        entries[: len(block), j] = block
     return BlockOrder(entries, state_size)

@@ -28,6 +28,8 @@ from ._custom_types import State
 # program costs nothing.
 _Mask = Any
 
+_PROGRAMS = jexc.Jaxpr | jexc.ClosedJaxpr
+
 # A mask of more entries is not made; the map then counts as dense.
 _MAX_MASK = 2**27
 
@@ -41,17 +43,32 @@ _CUMULATIVE = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
 _MOVES = frozenset("gather dynamic_slice dynamic_update_slice scatter pad".split())
 
 
-class _TooLarge(Exception):
-    pass
+# Programs that are called with their arguments, and no more.
+_CALLS = frozenset("pjit jit closed_call core_call remat checkpoint remat2".split())
+
+# They join what is mapped side by side, so that a step is not one of its own state.
+_COLLECTIVES = frozenset(
+    "psum psum2 psum_invariant pmax pmin ppermute pbroadcast all_gather all_to_all "
+    "all_gather_invariant reduce_scatter psum_scatter".split()
+)
+
+
+class _Unknown(Exception):
+    """It would take too much memory, or arrays are changed in place."""
 
 
 def dependence(
     step: Callable[..., State], y: jax.ShapeDtypeStruct, *inputs: Any
 ) -> Bool[np.ndarray, "state state"] | None:
     """Row $i$, column $j$: whether entry $i$ of `step(y, *inputs)` may depend on entry
-    $j$ of `y`. `None` where that would take too much memory to find out.
+    $j$ of `y`. `None` where that would take too much memory to find out, or where
+    arrays are changed in place.
 
     Needs shapes and dtypes only, so that it works on traced values.
+
+    **Raises:**
+
+    - `ValueError`: where the step joins what is mapped side by side (`jax.lax.psum`).
     """
     (size,) = y.shape
 
@@ -63,7 +80,7 @@ def dependence(
     masks = [np.eye(size, dtype=bool), *[None] * num_others]
     try:
         (out,) = _follow(program.jaxpr, program.consts, masks, size)
-    except _TooLarge:
+    except _Unknown:
         return None
     return np.zeros((size, size), bool) if out is None else out
 
@@ -87,14 +104,32 @@ def _follow(jaxpr, const_values, masks: list[_Mask], size: int, values=None):
     def value(atom):
         return atom.val if isinstance(atom, jexc.Literal) else value_of.get(atom)
 
-    for eqn in jaxpr.eqns:
+    last_use = {
+        atom: k
+        for k, eqn in enumerate(jaxpr.eqns)
+        for atom in eqn.invars
+        if not isinstance(atom, jexc.Literal)
+    }
+    last_use |= {a: -1 for a in jaxpr.outvars if not isinstance(a, jexc.Literal)}
+    for k, eqn in enumerate(jaxpr.eqns):
+        if eqn.primitive.name in _COLLECTIVES:
+            raise ValueError(
+                f"The step calls `{eqn.primitive.name}`, which joins what is mapped "
+                "side by side: its states can then not be solved for one by one. Map "
+                "within the step instead, or use `jax.lax.scan`."
+            )
+        if any("Ref" in type(atom.aval).__name__ for atom in eqn.invars):
+            raise _Unknown
         ins = [mask(atom) for atom in eqn.invars]
         if any(m is not None for m in ins):
             for var in eqn.outvars:
                 if int(np.prod(var.aval.shape)) * size > _MAX_MASK:
-                    raise _TooLarge
+                    raise _Unknown
             outs = _apply_rule(eqn, ins, [value(a) for a in eqn.invars], size)
             mask_of |= dict(zip(eqn.outvars, outs, strict=True))
+            for atom in eqn.invars:
+                if not isinstance(atom, jexc.Literal) and last_use[atom] == k:
+                    mask_of.pop(atom, None)
         elif known := _known_integers(eqn, [value(a) for a in eqn.invars]):
             value_of |= dict(zip(eqn.outvars, known, strict=True))
     return [mask(atom) for atom in jaxpr.outvars]
@@ -112,16 +147,13 @@ def _known_integers(eqn, values):
     if not small or any(v is None for v in values) or eqn.effects:
         return None
     with jax.ensure_compile_time_eval():
-        out = jexc.jaxpr_as_fun(_as_program(eqn))(*values)
-    return [np.asarray(x) for x in out]
-
-
-def _as_program(eqn):
-    """One operation as a program of its own, of those inputs that are not literals."""
-    inputs = [jexc.Var(a.aval) for a in eqn.invars]
-    return jexc.ClosedJaxpr(
-        jexc.Jaxpr((), inputs, eqn.outvars, [eqn.replace(invars=inputs)]), ()
-    )
+        if eqn.primitive.name in _CALLS:
+            out = jexc.jaxpr_as_fun(eqn.params["jaxpr"])(*values)
+        elif any(isinstance(p, _PROGRAMS) for p in eqn.params.values()):
+            return None
+        else:
+            out = eqn.primitive.bind(*map(jnp.asarray, values), **eqn.params)
+    return [np.asarray(x) for x in (out if eqn.primitive.multiple_results else [out])]
 
 
 def _apply_rule(eqn, ins: list[_Mask], values, size: int) -> list[_Mask]:
@@ -135,6 +167,9 @@ def _apply_rule(eqn, ins: list[_Mask], values, size: int) -> list[_Mask]:
         present = [lift(m) for m in ins if m is not None]
         return [np.broadcast_to(_either(present), (*shape, size))]
     if name in ("reshape", "squeeze"):
+        if params.get("dimensions") is not None:  # of `reshape`: another order
+            axes = params["dimensions"]
+            first = first.transpose(*axes, *range(len(axes), first.ndim))
         return [first.reshape(*shape, size)]
     if name == "transpose":
         return [first.transpose(*params["permutation"], first.ndim - 1)]
@@ -155,6 +190,11 @@ def _apply_rule(eqn, ins: list[_Mask], values, size: int) -> list[_Mask]:
     if name == "concatenate":
         full = [_filled(m, s, size) for m, s in zip(ins, shapes, strict=True)]
         return [np.concatenate(full, axis=params["dimension"])]
+    if name == "stack":
+        full = [_filled(m, s, size) for m, s in zip(ins, shapes, strict=True)]
+        return [np.stack(full, axis=params["axis"])]
+    if name == "tile":
+        return [np.tile(first, (*params["reps"], 1))]
     if name in _REDUCTIONS:
         return [first.any(axis=tuple(params["axes"]))]
     if name in _CUMULATIVE:
@@ -183,9 +223,6 @@ def _apply_rule(eqn, ins: list[_Mask], values, size: int) -> list[_Mask]:
         consts = getattr(inner, "consts", ())
         return _follow(program, consts, ins, size, values)
     return _all_on_all(eqn, ins, size)
-
-
-_CALLS = frozenset("pjit jit closed_call core_call remat checkpoint remat2".split())
 
 
 def _all_on_all(eqn, ins, size):

@@ -2,16 +2,25 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._blocks import BlockOrder, Blocks, contiguous, find_blocks, strided
+from ._blocks import (
+    BlockOrder,
+    Blocks,
+    contiguous,
+    find_blocks,
+    have_blocks,
+    strided,
+)
 from ._custom_types import Propagators, State
-from ._dependence import dependence
+
+
+Groups: TypeAlias = Callable[[], tuple[int, ...] | None]
 
 
 class AbstractLinearisation(eqx.Module):
@@ -23,13 +32,12 @@ class AbstractLinearisation(eqx.Module):
     """
 
     @abc.abstractmethod
-    def for_map(
-        self, step: Callable[..., State], y: jax.ShapeDtypeStruct, *inputs: Any
-    ) -> "AbstractLinearisation":
-        """What to use for the map `step(y, *inputs)`, of which only shapes are known.
+    def for_map(self, groups: Groups, state_size: int) -> "AbstractLinearisation":
+        """What to use for a map. Asked once, before the iteration; an object that does
+        not look is its own answer.
 
-        Asked once, before the iteration. An object that does not look is its own
-        answer.
+        `groups()` says for each entry of a state to which group it belongs: entries of
+        different groups do not depend on each other. `None` where that is not known.
         """
 
     @abc.abstractmethod
@@ -37,10 +45,6 @@ class AbstractLinearisation(eqx.Module):
         self, step: Callable[[State], State], y: State
     ) -> tuple[State, Propagators]:
         """The value of `step` at `y`, and its (approximate) Jacobian there."""
-
-    @abc.abstractmethod
-    def num_bytes(self, num_steps: int, state_size: int, dtype: np.dtype) -> int:
-        """Memory that the Jacobians of all steps take."""
 
     @abc.abstractmethod
     def check_size(self, num_steps: int, state_size: int, dtype: np.dtype) -> None:
@@ -56,8 +60,8 @@ class Dense(AbstractLinearisation):
 
     max_bytes: int = eqx.field(static=True, default=4 * 2**30)
 
-    def for_map(self, step, y, *inputs):
-        del step, y, inputs
+    def for_map(self, groups, state_size):
+        del groups, state_size
         return self
 
     def __call__(self, step, y):
@@ -68,7 +72,8 @@ class Dense(AbstractLinearisation):
         A, value = jax.jacfwd(with_value, has_aux=True)(y)
         return value, A
 
-    def num_bytes(self, num_steps, state_size, dtype):
+    def num_bytes(self, num_steps: int, state_size: int, dtype: np.dtype) -> int:
+        """Memory that the Jacobians of all steps take."""
         return num_steps * state_size**2 * np.dtype(dtype).itemsize
 
     def check_size(self, num_steps, state_size, dtype):
@@ -102,8 +107,8 @@ class Blockwise(AbstractLinearisation):
 
     order: BlockOrder
 
-    def for_map(self, step, y, *inputs):
-        del step, y, inputs
+    def for_map(self, groups, state_size):
+        del groups, state_size
         return self
 
     def __call__(self, step, y):
@@ -114,11 +119,6 @@ class Blockwise(AbstractLinearisation):
         np.put_along_axis(basis, entries, 1, axis=1)
         columns = jax.vmap(pushforward)(jnp.asarray(basis[:, :-1]))
         return value, Blocks(jnp.swapaxes(self.order.split(columns), 0, 1), self.order)
-
-    def num_bytes(self, num_steps, state_size, dtype):
-        del state_size
-        entries = self.order.size**2 * self.order.num_blocks
-        return num_steps * entries * np.dtype(dtype).itemsize
 
     def check_size(self, num_steps, state_size, dtype):
         del num_steps, state_size, dtype
@@ -146,22 +146,19 @@ class BlockDiagonal(AbstractLinearisation):
                 "."
             )
 
-    def for_map(self, step, y, *inputs):
-        del step, inputs
-        num_blocks, rest = divmod(y.shape[0], self.size)
+    def for_map(self, groups, state_size):
+        del groups
+        num_blocks, rest = divmod(state_size, self.size)
         if rest != 0:
             raise ValueError(
                 f"`BlockDiagonal({self.size})` needs a state of a multiple of "
-                f"{self.size} numbers; got {y.shape[0]}. `Auto()` finds blocks of any "
+                f"{self.size} numbers; got {state_size}. `Auto()` finds blocks of any "
                 "sizes."
             )
-        return Blockwise(BlockOrder(contiguous(self.size, num_blocks), y.shape[0]))
+        return Blockwise(BlockOrder(contiguous(self.size, num_blocks), state_size))
 
     def __call__(self, step, y):
-        return self.for_map(step, jax.eval_shape(lambda: y))(step, y)
-
-    def num_bytes(self, num_steps, state_size, dtype):
-        return num_steps * state_size * self.size * np.dtype(dtype).itemsize
+        return self.for_map(lambda: None, y.shape[0])(step, y)
 
     def check_size(self, num_steps, state_size, dtype):
         del num_steps, state_size, dtype
@@ -187,18 +184,17 @@ class Diagonal(AbstractLinearisation):
         nonlinear RNNs*, section 4.1.
     """
 
-    def for_map(self, step, y, *inputs):
-        order = BlockOrder(strided(1, y.shape[0]), y.shape[0])
-        return Blockwise(order) if _has_blocks(order, step, y, *inputs) else self
+    def for_map(self, groups, state_size):
+        order = BlockOrder(strided(1, state_size), state_size)
+        found = groups()
+        is_exact = found is not None and have_blocks(found, order)
+        return Blockwise(order) if is_exact else self
 
     def __call__(self, step, y):
         value, pushforward = jax.linearize(step, y)
         basis = jnp.eye(y.shape[0], dtype=y.dtype)
         A = jax.vmap(lambda e: jnp.sum(pushforward(e) * e))(basis)
         return value, A
-
-    def num_bytes(self, num_steps, state_size, dtype):
-        return num_steps * state_size * np.dtype(dtype).itemsize
 
     def check_size(self, num_steps, state_size, dtype):
         del num_steps, state_size, dtype
@@ -219,9 +215,11 @@ class PairedDiagonal(AbstractLinearisation):
     solution use the exact Jacobians all the same.
     """
 
-    def for_map(self, step, y, *inputs):
-        order = self._order(y.shape[0])
-        return Blockwise(order) if _has_blocks(order, step, y, *inputs) else self
+    def for_map(self, groups, state_size):
+        order = self._order(state_size)
+        found = groups()
+        is_exact = found is not None and have_blocks(found, order)
+        return Blockwise(order) if is_exact else self
 
     def _order(self, state_size: int) -> BlockOrder:
         if state_size % 2 != 0:
@@ -242,9 +240,6 @@ class PairedDiagonal(AbstractLinearisation):
         )
         return value, Blocks(jnp.transpose(kept, (2, 0, 1)), order)
 
-    def num_bytes(self, num_steps, state_size, dtype):
-        return 2 * num_steps * state_size * np.dtype(dtype).itemsize
-
     def check_size(self, num_steps, state_size, dtype):
         del num_steps, state_size, dtype
 
@@ -262,16 +257,14 @@ class Auto(AbstractLinearisation):
 
     max_bytes: int = eqx.field(static=True, default=4 * 2**30)
 
-    def for_map(self, step, y, *inputs):
-        found = dependence(step, y, *inputs) if y.shape[0] > 1 else None
+    def for_map(self, groups, state_size):
+        found = groups() if state_size > 1 else None
         order = None if found is None else find_blocks(found)
         return Dense(self.max_bytes) if order is None else Blockwise(order)
 
     def __call__(self, step, y):
-        return self.for_map(step, jax.eval_shape(lambda: y))(step, y)
-
-    def num_bytes(self, num_steps, state_size, dtype):
-        return Dense(self.max_bytes).num_bytes(num_steps, state_size, dtype)
+        # Not asked beforehand what there is, all that is there is kept.
+        return Dense(self.max_bytes)(step, y)
 
     def check_size(self, num_steps, state_size, dtype):
         del num_steps, state_size, dtype  # that of what is found counts
@@ -281,14 +274,3 @@ Auto.__init__.__doc__ = """**Arguments:**
 
 - `max_bytes`: as for [`deer_ode.Dense`][], where there are no blocks.
 """
-
-
-def _has_blocks(order: BlockOrder, step, y, *inputs) -> bool:
-    """Whether the map is known to leave each block of `order` to itself."""
-    found = dependence(step, y, *inputs)
-    if found is None:
-        return False
-    block_of = np.zeros(y.shape[0], np.int32)
-    block_of[order.entries] = np.arange(order.num_blocks)
-    rows, columns = np.nonzero(found)
-    return bool(np.all(block_of[rows] == block_of[columns]))

@@ -35,6 +35,10 @@ from ._recurrence import AbstractRecurrence
 # leaves.
 _ROUNDING_UNITS = 64
 
+# In the same units, but of the values, and where little is added up: a correction that
+# is all rounding.
+_CORRECTION_UNITS = 8
+
 
 class NewtonSolution(NamedTuple):
     """What an iteration ended with."""
@@ -183,21 +187,43 @@ class Newton(eqx.Module):
         atol = jnp.finfo(dtype).tiny if self.atol is None else self.atol
         return jnp.asarray(atol, dtype) + jnp.broadcast_to(rtol, size.shape) * size
 
+    def _is_small(self, recurrence, correction, ys):
+        """Whether the correction is one that leaves nothing to correct.
+
+        Residuals that are small each may add up, over many steps. The correction is
+        their sum to first order; what is left after it is of second order, so with half
+        the digits right before it, all of them are after it. Only where nobody has
+        asked for less.
+        """
+        if self.rtol is not None or self.atol is not None:
+            return jnp.ones(ys.shape[0], bool)
+        eps = jnp.asarray(recurrence.eps, ys.dtype)[None]
+        largest = lax.cummax(jnp.abs(jnp.concatenate([recurrence.y0[None], ys])))[1:]
+        # No correction is smaller than rounding.
+        floor = _CORRECTION_UNITS * eps * recurrence.sizes(ys)
+        bound = jnp.sqrt(eps) / 4 * largest + floor + jnp.finfo(ys.dtype).tiny
+        return jnp.all(jnp.abs(correction) <= bound, axis=-1)
+
     def _iterate(self, recurrence, linearisation, carry):
         ys = carry.ys
         residual, A, defect, size = recurrence.linearise(ys, linearisation)
         error = jax.vmap(self.norm)(defect / self._tolerance(recurrence, size))
+        correction = scan_from_zero(A, residual)
+        corrected = ys + correction
         # Written so that NaN is not good.
-        num_good = leading_true(error <= 1)
+        num_good = leading_true(
+            (error <= 1)
+            & self._is_small(recurrence, correction, ys)
+            & is_reasonable(corrected)
+        )
         steps = jnp.arange(recurrence.num_steps, dtype=jnp.int32)
         good_residual = jnp.where((steps < num_good)[:, None], jnp.abs(residual), 0)
         # The next step, from a state that is right, is not a number: nor is the answer.
         next_residual = residual[jnp.minimum(num_good, recurrence.num_steps - 1)]
         is_finite = jnp.all(jnp.isfinite(next_residual))
         stuck = (num_good < recurrence.num_steps) & ~is_finite
-        ys = ys + scan_from_zero(A, residual)
         return Iterate(
-            hold_last_good(recurrence.y0, ys, is_reasonable(ys)),
+            hold_last_good(recurrence.y0, corrected, is_reasonable(corrected)),
             carry.iteration + 1,
             num_good,
             jnp.max(good_residual),

@@ -9,12 +9,22 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._affine import absolute, apply
+from ._blocks import connected
 from ._custom_types import Mask, Propagators, State, Trajectory
+from ._dependence import dependence
 from ._linearisation import AbstractLinearisation
 from ._misc import StateFlattener, previous_states
+
+
+# So many values in a row are hardly all of them next to nothing by chance.
+_SIZE_WINDOW = 16
+
+# Entries of one leaf share their units; what is this much smaller does not, perhaps.
+_MOST = 2**10
 
 
 class Linearised(NamedTuple):
@@ -71,6 +81,10 @@ class AbstractRecurrence(eqx.Module):
         """All steps at once, linearised about `ys`."""
 
     @abc.abstractmethod
+    def sizes(self, ys: Trajectory) -> Trajectory:
+        """How large the numbers are in which `ys` are computed, entry by entry."""
+
+    @abc.abstractmethod
     def linear_response(
         self, ys: Trajectory, tangent: Any, linearisation: AbstractLinearisation
     ) -> tuple[Propagators, Trajectory]:
@@ -121,10 +135,14 @@ class AbstractMapRecurrence(AbstractRecurrence):
         del ys
         return None
 
+    @abc.abstractmethod
+    def groups(self) -> tuple[int, ...] | None:
+        """For each entry of a state to which group it belongs: entries of different
+        groups do not depend on each other. `None` where that is not known.
+        """
+
     def choose(self, linearisation):
-        one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-        y0 = jax.ShapeDtypeStruct(self.y0.shape, self.y0.dtype)
-        return linearisation.for_map(self.f, y0, jtu.tree_map(one, self.xs))
+        return linearisation.for_map(self.groups, self.y0.shape[0])
 
     def evaluate(self, ys: Trajectory) -> Trajectory:
         r"""$f(y_{i-1}, x_i)$ for all steps at once."""
@@ -140,12 +158,10 @@ class AbstractMapRecurrence(AbstractRecurrence):
 
         return jax.vmap(linearise_step)(previous_states(self.y0, ys), self.xs)
 
-    @abc.abstractmethod
-    def sizes(self, ys: Trajectory) -> Trajectory:
-        """How large the numbers are in which `ys` are computed, entry by entry."""
-
     def linearise(self, ys, linearisation):
         values, A = self.jacobians(ys, linearisation)
+        # Any finite matrix will do where there is no derivative.
+        A = jtu.tree_map(lambda a: jnp.where(jnp.isfinite(a), a, 0), A)
         residual = values - ys
         before = jnp.abs(previous_states(self.y0, ys))
         size = self.sizes(ys) + apply(absolute(A), before)
@@ -155,7 +171,9 @@ class AbstractMapRecurrence(AbstractRecurrence):
         _, t_values = eqx.filter_jvp(
             lambda recurrence: recurrence.evaluate(ys), (self,), (tangent,)
         )
-        return self.jacobians(ys, linearisation)[1], t_values
+        _, A = self.jacobians(ys, linearisation)
+        # There is nothing for the first one to multiply, even if it is not finite.
+        return jtu.tree_map(lambda a: a.at[0].set(0), A), t_values
 
 
 class Recurrence(AbstractMapRecurrence):
@@ -165,6 +183,7 @@ class Recurrence(AbstractMapRecurrence):
     y0: Float[Array, " state"]
     xs: PyTree[Array]
     flattener: StateFlattener
+    _groups: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -173,10 +192,31 @@ class Recurrence(AbstractMapRecurrence):
         xs: PyTree[Array],
         flattener: StateFlattener,
     ):
-        self.f = f
+        """`f` may close over what derivatives are taken in."""
+        one = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+        start = jax.ShapeDtypeStruct(y0.shape, y0.dtype)
+        # Full precision, since residuals could not become small otherwise.
+        with jax.default_matmul_precision("highest"):
+            # Of `f` as it comes, where a constant is seen to be one.
+            try:
+                found = dependence(f, start, one)
+            except TypeError as error:
+                if "custom_vjp" not in str(error):
+                    raise
+                raise TypeError(
+                    "The step calls a function with a `jax.custom_vjp` rule, which has "
+                    "no derivatives in forward mode; Newton's method needs them. Give "
+                    "it a `jax.custom_jvp` rule, or use `method=Sequential()`."
+                ) from error
+            # What `f` closes over becomes a leaf.
+            self.f = eqx.filter_closure_convert(f, start, one)
+        self._groups = None if found is None else connected(found)
         self.y0 = y0
         self.xs = xs
         self.flattener = flattener
+
+    def groups(self):
+        return self._groups
 
     @property
     def eps(self):
@@ -184,14 +224,19 @@ class Recurrence(AbstractMapRecurrence):
 
     def sizes(self, ys):
         """Of a step only its value is seen, which may be next to nothing where it is
-        the difference of large terms. So the largest entry of its leaf stands for
-        these, of the steps up to this one: of those that are right, if it is the next.
+        the difference of large terms. So the largest entry of its leaf, of the last few
+        steps, stands for these; unless this entry never was of such a size.
         """
-        sizes = jnp.abs(jnp.concatenate([self.y0[None], ys]))
-        largest = self.flattener.map_leaves(
-            lambda x: jnp.broadcast_to(jnp.max(x, -1, keepdims=True), x.shape), sizes
+        own = jnp.abs(jnp.concatenate([self.y0[None], ys]))
+        leaf = self.flattener.map_leaves(
+            lambda x: jnp.broadcast_to(jnp.max(x, -1, keepdims=True), x.shape), own
         )
-        return lax.cummax(largest)[1:]
+        before = ((_SIZE_WINDOW - 1, 0), (0, 0))
+        zero = np.zeros((), own.dtype)
+        recent = lax.reduce_window(
+            leaf, zero, lax.max, (_SIZE_WINDOW, 1), (1, 1), before
+        )
+        return jnp.maximum(own, jnp.minimum(recent, _MOST * lax.cummax(own)))[1:]
 
     def sequential_response(self, ys: Trajectory, tangent: Any) -> Trajectory:
         """What `linear_response` leads to, one step after the other: for Jacobians that

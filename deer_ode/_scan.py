@@ -19,7 +19,7 @@ from ._recurrence import Recurrence
 
 
 class Sequential(eqx.Module):
-    """One step after the other: `jax.lax.scan` itself.
+    """One step after the other: `jax.lax.scan` itself, at full precision of products.
 
     What [`deer_ode.scan`][] is compared with, by one word. Its derivatives are JAX's
     own, by storing every step.
@@ -36,9 +36,11 @@ class RecurrenceSolution(NamedTuple):
     - `carries`: after each step, stacked, in the order of `xs`. It is what `guess=`
         takes: the next solve of a problem nearby starts from here.
     - `result`: an `optimistix.RESULTS`.
-    - `stats`: `num_steps`, `num_newton_steps`, `newton_residual` (the largest residual,
-        in units of the carry, before the last correction) and `num_fallback_steps` (how
-        many steps were finished sequentially).
+    - `stats`: `num_steps`, `num_good_steps` (how many of them are the answer: all but
+        with `fallback=False`; after them are infinities), `num_newton_steps`,
+        `newton_residual` (the largest residual, in units of the carry, before the last
+        correction) and `num_fallback_steps` (how many steps were finished
+        sequentially).
     """
 
     carry: PyTree[Array]
@@ -72,8 +74,10 @@ def scan(
     It pays where the carry is small, or falls apart into small blocks, and the sequence
     is long; see [how to choose](how-to-choose.md).
 
-    `f` must be a pure function. It is called at all steps together, also on carries
-    that are not the answer yet, so what it prints it prints for those too.
+    `f` must be a pure function, with derivatives in forward mode (so no
+    `jax.custom_vjp`, but `jax.custom_jvp`). It is called at all steps together, also on
+    carries that are not the answer yet, so what it prints it prints for those too. Call
+    `scan` under `jax.jit`, or each call compiles anew.
 
     **Arguments:**
 
@@ -85,7 +89,7 @@ def scan(
     - `reverse`: whether to go from the last step to the first.
     - `method`: [`deer_ode.Newton`][] with its options, or [`deer_ode.Sequential`][].
     - `guess`: where the iteration starts from: the carries after each step, stacked
-        (`solve_recurrence(...).carries` of a problem nearby), or a predictor. By
+        in the order of `xs` (`carries` of a problem nearby), or a predictor. By
         default that of `method`, which for a recurrence is `init` everywhere.
     - `throw`: whether to raise an error where the solve fails. It can fail only with
         `Newton(fallback=False)`; with `throw=False` use
@@ -98,8 +102,9 @@ def scan(
     **Raises:**
 
     - `TypeError`: where a leaf of the carry is an integer or a boolean, which has no
-        derivative; and what `jax.lax.scan` raises.
-    - `ValueError`: for a guess of another shape.
+        derivative, or `f` has none in forward mode; and what `jax.lax.scan` raises.
+    - `ValueError`: for a guess of another shape, and where `f` joins what is mapped
+        side by side (`jax.lax.psum`).
     - `RuntimeError`: if `throw=True` and the solve fails at run time.
 
     !!! example
@@ -161,6 +166,13 @@ def solve_recurrence(
         >>> int(again.stats["num_newton_steps"])
         1
     """
+    if not isinstance(method, Newton | Sequential):
+        raise TypeError(
+            f"`method` must be `Newton(...)` or `Sequential()`; got {method!r}."
+        )
+    for leaf in jtu.tree_leaves(xs):
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(f"`xs` has no leading axis to scan over: {leaf}.")
     # The contract is that of `lax.scan` because it is `lax.scan` that checks it.
     structure = jax.eval_shape(
         lambda init, xs: lax.scan(f, init, xs, length, reverse), init, xs
@@ -172,19 +184,16 @@ def solve_recurrence(
     num_steps = jtu.tree_leaves(xs)[0].shape[0] if length is None else int(length)
     if isinstance(method, Sequential):
         return _sequential(f, init, xs, num_steps, reverse)
-    if num_steps == 0:
+    if num_steps == 0 or len(jtu.tree_leaves(init)) == 0:
         return _sequential(f, init, xs, num_steps, reverse)
-    is_trajectory = guess is not None and not isinstance(guess, AbstractPredictor)
-    if is_trajectory:
+    guess = method.guess if guess is None else guess
+    if not isinstance(guess, AbstractPredictor):
         _check_guess(guess, init, num_steps)
+        guess = Trajectory(guess)
     if reverse:
         xs = _flip(xs)
-        guess = _flip(guess) if is_trajectory else guess
-    if is_trajectory:
-        guess = Trajectory(lax.stop_gradient(guess))
-    newton: Newton = method
-    if guess is not None:
-        newton = eqx.tree_at(lambda m: m.guess, newton, guess)
+        guess = _flip(guess) if isinstance(guess, Trajectory) else guess
+    newton = eqx.tree_at(lambda m: m.guess, method, lax.stop_gradient(guess))
 
     carries, solution = _solve_carries(f, init, xs, num_steps, newton)
     carry = jtu.tree_map(lambda x: x[-1], carries)
@@ -198,6 +207,7 @@ def solve_recurrence(
         )
     stats = dict(
         num_steps=num_steps,
+        num_good_steps=solution.num_good_steps,
         num_newton_steps=solution.num_newton_steps,
         newton_residual=solution.residual,
         num_fallback_steps=solution.num_fallback_steps,
@@ -248,13 +258,13 @@ def _solve_carries(f, init, xs, num_steps: int, method: Newton):
         carry, _ = f(flattener.unflatten(y), inputs[0])
         return flattener.flatten(carry)
 
-    # What `f` closes over becomes a leaf, so that derivatives reach it. Full precision,
-    # since residuals could not become small otherwise.
-    with jax.default_matmul_precision("highest"):
-        step = eqx.filter_closure_convert(step, y0, _one_of(inputs))
-    recurrence = Recurrence(f=step, y0=y0, xs=inputs, flattener=flattener)
+    recurrence = Recurrence(step, y0, inputs, flattener)
     solution = solve_trajectory(recurrence, method)
-    return jax.vmap(flattener.unflatten)(solution.ys), solution
+    ys = solution.ys
+    if not method.fallback:
+        steps = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
+        ys = jnp.where(steps < solution.num_good_steps, ys, jnp.inf)
+    return jax.vmap(flattener.unflatten)(ys), solution
 
 
 def _outputs(f, init, xs, carries, structure):
@@ -262,16 +272,20 @@ def _outputs(f, init, xs, carries, structure):
     if len(jtu.tree_leaves(structure)) == 0:
         return structure
     before = jtu.tree_map(previous_states, init, carries)
+    shapes = jtu.tree_leaves(structure)
     with jax.default_matmul_precision("highest"):
         program = jax.make_jaxpr(f)(init, _one_of(xs)).jaxpr
         _, computed = jax.vmap(f)(before, xs)
     known = jtu.tree_leaves(carries)
     new_carry, put_out = program.outvars[: len(known)], program.outvars[len(known) :]
     leaves = []
-    for var, leaf in zip(put_out, jtu.tree_leaves(computed), strict=True):
+    for var, leaf, shape in zip(
+        put_out, jtu.tree_leaves(computed), shapes, strict=True
+    ):
         # A carry that is put out need not be worked out again.
         same = [k for k, carry in enumerate(new_carry) if carry is var]
-        leaves.append(known[same[0]] if same else leaf)
+        leaf = known[same[0]] if same else leaf
+        leaves.append(leaf.astype(shape.dtype))
     return jtu.tree_unflatten(jtu.tree_structure(structure), leaves)
 
 
@@ -280,11 +294,14 @@ def _sequential(f, init, xs, num_steps: int, reverse: bool) -> RecurrenceSolutio
         carry, y = f(carry, x)
         return carry, (carry, y)
 
-    carry, (carries, ys) = lax.scan(step, init, xs, num_steps, reverse)
+    # The products as accurate as those of the other method.
+    with jax.default_matmul_precision("highest"):
+        carry, (carries, ys) = lax.scan(step, init, xs, num_steps, reverse)
     leaves = jtu.tree_leaves(init)
     dtype = StateFlattener(init).dtype if leaves else jnp.result_type(float)
     stats = dict(
         num_steps=num_steps,
+        num_good_steps=jnp.asarray(num_steps, jnp.int32),
         num_newton_steps=jnp.asarray(0, jnp.int32),
         newton_residual=jnp.asarray(0, dtype),
         num_fallback_steps=jnp.asarray(num_steps, jnp.int32),

@@ -77,7 +77,8 @@ class VibrationClassifier(eqx.Module):
             energies, length=length, method=method, guess=guesses[1], key=key
         )
         worst = {
-            name: jnp.maximum(front.stats[name], out.stats[name]) for name in out.stats
+            name: jnp.maximum(front.stats[name], out.stats[name])
+            for name in ("num_newton_steps", "num_fallback_steps")
         }
         return Classification(out.logits, (front.carries, out.carries), worst)
 

@@ -31,8 +31,8 @@ def cell(params, y, x):
 
 
 def recurrence(params, y0, xs, f=cell):
-    step = eqx.filter_closure_convert(lambda y, x: f(params, y, x), y0, xs[0])
-    return Recurrence(f=step, y0=y0, xs=xs, flattener=StateFlattener(y0))
+    step = lambda y, x: f(params, y, x)
+    return Recurrence(step, y0, xs, StateFlattener(y0))
 
 
 def loop(params, y0, xs, f=cell):
@@ -250,7 +250,7 @@ def test_short(num_steps):
     )
     step = recurrence(*problem(num_steps=1)).f
     params, y0, xs = inputs
-    rec = Recurrence(f=step, y0=y0, xs=xs, flattener=StateFlattener(y0))
+    rec = Recurrence(step, y0, xs, StateFlattener(y0))
     solution = solve_trajectory(rec, Newton(guess=Constant()))
     assert_close(solution.ys, loop(params, y0, xs), rounding())
 

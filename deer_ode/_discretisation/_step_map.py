@@ -17,7 +17,9 @@ import jax.tree_util as jtu
 from equinox import _errors as _equinox_errors
 from jaxtyping import Array, Float, PyTree
 
+from .._blocks import connected
 from .._custom_types import Args, Mask, State, Trajectory, Y
+from .._dependence import dependence
 from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._recurrence import AbstractMapRecurrence
 from ._base import Grid
@@ -212,6 +214,12 @@ class StepMap(AbstractMapRecurrence):
 
     def sizes(self, ys):
         return jnp.abs(ys)  # a step moves a state by little
+
+    def groups(self):
+        one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        y0 = jax.ShapeDtypeStruct(self.y0.shape, self.y0.dtype)
+        found = dependence(self.f, y0, jtu.tree_map(one, self.xs))
+        return None if found is None else connected(found)
 
     def _harmless(self, ys) -> tuple[Trajectory, Mask, Trajectory, StepInputs]:
         """Values, and where each step may be differentiated.

@@ -161,6 +161,8 @@ class ResidualClassifier(eqx.Module):
         - `dtype`: of the parameters; JAX's default floating dtype unless given.
         - `key`: random, for the parameters.
         """
+        if len(layers) == 0:
+            raise ValueError("`ResidualClassifier` needs at least one layer.")
         if not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be from 0 to below 1; got {dropout}.")
         self.encoder = encoder

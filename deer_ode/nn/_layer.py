@@ -53,6 +53,10 @@ class AbstractRecurrentLayer(eqx.Module):
         - `ValueError`: for both `length` and `mask`, and for shapes that do not fit.
         """
 
+    def __call__(self, xs, **kwargs):
+        """The outputs alone: `solve(xs, ...).ys`."""
+        return self.solve(xs, **kwargs).ys
+
 
 def as_mask(length, mask, num_steps: int) -> Bool[Array, " steps"] | None:
     """One mask from the two ways of saying what is padding."""
@@ -67,7 +71,8 @@ def as_mask(length, mask, num_steps: int) -> Bool[Array, " steps"] | None:
         return mask
     if length is None:
         return None
-    return jnp.arange(num_steps, dtype=jnp.int32) < length
+    length = jnp.asarray(length)
+    return jnp.arange(num_steps, dtype=length.dtype) < length
 
 
 def solve_masked(
@@ -103,7 +108,7 @@ def fill_padding(xs: Array, mask: Bool[Array, " steps"] | None) -> Array:
     """The first input that there is, in place of padding, which may hold what is no
     number: and no number times zero is none, in gradients as well.
     """
-    if mask is None:
+    if mask is None or xs.shape[0] == 0:
         return xs
     first = jnp.argmax(mask)
     filler = jnp.where(mask[first], xs[first], jnp.zeros_like(xs[first]))
@@ -115,7 +120,8 @@ def together(stats: list[dict[str, Any]]) -> dict[str, Any]:
     gather = lambda name: [s[name] for s in stats]
     most = lambda xs: jax.tree.reduce(jnp.maximum, xs)
     return dict(
-        num_steps=sum(gather("num_steps")),
+        num_steps=max(gather("num_steps")),
+        num_good_steps=jax.tree.reduce(jnp.minimum, gather("num_good_steps")),
         num_newton_steps=most(gather("num_newton_steps")),
         newton_residual=most(gather("newton_residual")),
         num_fallback_steps=sum(gather("num_fallback_steps")),

@@ -70,7 +70,10 @@ class RNN(AbstractRecurrentLayer):
         self.init = init
         self.reverse = reverse
         state = jax.eval_shape(lambda: _initial_state(cell) if init is None else init)
-        self.out_size = jtu.tree_leaves(state)[0].shape[-1]
+        first = jtu.tree_leaves(state)[0]
+        if len(first.shape) == 0:
+            raise ValueError("`init` must hold vectors; got a number.")
+        self.out_size = first.shape[-1]
 
     def solve(self, xs, *, length=None, mask=None, method=Newton(), guess=None):
         """As [`deer_ode.nn.AbstractRecurrentLayer`][]. Outputs are the states; of the
@@ -91,10 +94,6 @@ class RNN(AbstractRecurrentLayer):
         if isinstance(self.cell, eqx.nn.LSTMCell | LEMCell):
             return solution._replace(ys=solution.carries[0])
         return solution
-
-    def __call__(self, xs, **kwargs):
-        """The outputs alone: `solve(xs, ...).ys`."""
-        return self.solve(xs, **kwargs).ys
 
 
 def _initial_state(cell):
@@ -119,10 +118,10 @@ class MultiHeadGRU(AbstractRecurrentLayer):
     iteration takes $s$ tangents and $H s^2$ numbers per step in place of $H s$ and
     $H^2 s^2$. A head of stride $k$ sees $k$ steps back, where others see one:
 
-    $$egin{aligned}
-    r_i &= \sigma(W_r x_i + U_r h_{i-k} + b_r), \
-    z_i &= \sigma(W_z x_i + U_z h_{i-k} + b_z), \
-    n_i &= 	anh(W_n x_i + b_n + r_i \odot (U_n h_{i-k} + c_n)), \
+    $$\begin{aligned}
+    r_i &= \sigma(W_r x_i + U_r h_{i-k} + b_r), \\
+    z_i &= \sigma(W_z x_i + U_z h_{i-k} + b_z), \\
+    n_i &= \tanh(W_n x_i + b_n + r_i \odot (U_n h_{i-k} + c_n)), \\
     h_i &= (1 - z_i) \odot n_i + z_i \odot h_{i-k}.
     \end{aligned}$$
 
@@ -172,7 +171,7 @@ class MultiHeadGRU(AbstractRecurrentLayer):
             head the same stride.
         - `reverse`: whether to go from the last step to the first.
         - `timescales`: the shortest and the longest memory to begin with, in steps:
-            $b_z = \log(	au - 1)$ with $	au$ drawn between them, evenly in its
+            $b_z = \log(\tau - 1)$ with $\tau$ drawn between them, evenly in its
             logarithm. Other weights are normal, of variance 1 / inputs, and 1 / 4 of
             that in the states, which makes the recurrence contract.
         - `dtype`: of the parameters; JAX's default floating dtype unless given.
@@ -211,10 +210,6 @@ class MultiHeadGRU(AbstractRecurrentLayer):
         self.reverse = reverse
         self.out_size = num_heads * head_size
 
-    def __call__(self, xs, **kwargs):
-        """The outputs alone: `solve(xs, ...).ys`."""
-        return self.solve(xs, **kwargs).ys
-
     def solve(self, xs, *, length=None, mask=None, method=Newton(), guess=None):
         """As [`deer_ode.nn.AbstractRecurrentLayer`][]. States are told apart by their
         strides.
@@ -222,7 +217,7 @@ class MultiHeadGRU(AbstractRecurrentLayer):
         num_steps, num_heads = xs.shape[0], self.bias.shape[0]
         mask = as_mask(length, mask, num_steps)
         # What does not depend on the state is worked out once.
-        inputs = self.bias + jnp.einsum(
+        inputs = self.bias[None] + jnp.einsum(
             "hsi,ti->ths",
             self.from_input,
             fill_padding(xs, mask),
@@ -298,7 +293,8 @@ class MultiHeadGRU(AbstractRecurrentLayer):
             num_steps=num_steps,
             num_newton_steps=jnp.max(stats["num_newton_steps"]),
             newton_residual=jnp.max(stats["newton_residual"]),
-            num_fallback_steps=jnp.sum(stats["num_fallback_steps"]),
+            num_good_steps=num_steps,
+            num_fallback_steps=jnp.sum(stats["num_fallback_steps"], dtype=jnp.int32),
         )
         ys = carries.reshape(-1, *init.shape)[:num_steps]
         return RecurrenceSolution(carry, ys, carries, optx.RESULTS.successful, stats)
@@ -348,10 +344,6 @@ class Bidirectional(AbstractRecurrentLayer):
             result=optx.RESULTS.successful,
             stats=together([s.stats for s in both]),
         )
-
-    def __call__(self, xs, **kwargs):
-        """The outputs alone: `solve(xs, ...).ys`."""
-        return self.solve(xs, **kwargs).ys
 
 
 Bidirectional.__init__.__doc__ = """**Arguments:**

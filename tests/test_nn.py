@@ -1,0 +1,570 @@
+"""Recurrent layers and the classifier, against loops and their equations."""
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+from jax.nn import sigmoid
+
+from deer_ode import Sequential
+from deer_ode.nn import RNN, Bidirectional, LEMCell, MultiHeadGRU, ResidualClassifier
+
+from .helpers import (
+    assert_close,
+    finite_difference,
+    random_like,
+    rounding,
+    sqrt_eps,
+    tree_dot,
+)
+
+
+NUM_STEPS, NUM_INPUTS = 11, 2
+
+
+class OwnCell(eqx.Module):
+    """A state of two leaves, which it knows the beginning of."""
+
+    W: jax.Array
+
+    def initial_state(self):
+        return {"a": jnp.ones(3), "b": jnp.zeros(1)}
+
+    def __call__(self, state, x):
+        a = jnp.tanh(self.W @ state["a"] + jnp.sum(x))
+        return {"a": a, "b": 0.5 * state["b"] + jnp.mean(a)}
+
+
+def own_function(h, x):
+    return jnp.tanh(0.5 * h) + jnp.mean(x)
+
+
+def quick(fn):
+    """Compiled, with less optimisation: compilation is what these tests wait for."""
+    # Not `xla_backend_optimization_level=0`, which makes wrong programs on CPUs (NaN in
+    # gradients of the classifier, with `lax.scan` as well; jaxlib 0.10.2).
+    options = {"xla_llvm_disable_expensive_passes": True}
+
+    def run(*args, **kwargs):
+        arrays, rest = eqx.partition((args, kwargs), eqx.is_array)
+
+        def of_arrays(arrays):
+            args, kwargs = eqx.combine(arrays, rest)
+            return fn(*args, **kwargs)
+
+        return jax.jit(of_arrays, compiler_options=options)(arrays)
+
+    return run
+
+
+def _inputs(seed=0, num_steps=NUM_STEPS):
+    return jr.normal(jr.key(seed), (num_steps, NUM_INPUTS))
+
+
+def _keys(num=3):
+    return jr.split(jr.key(5), num)
+
+
+def _cells():
+    gru = eqx.nn.GRUCell(NUM_INPUTS, 3, key=jr.key(1))
+    lstm = eqx.nn.LSTMCell(NUM_INPUTS, 3, key=jr.key(2))
+    lem = LEMCell(NUM_INPUTS, 3, dt=0.6, key=jr.key(3))
+    own = OwnCell(0.4 * jr.normal(jr.key(4), (3, 3)))
+    zeros = jnp.zeros(3)
+    # A layer; its step in the order of `lax.scan`; its start; its output.
+    return {
+        "GRU": (RNN(gru), lambda h, x: gru(x, h), zeros, lambda h: h),
+        "GRU from one's own start": (
+            RNN(gru, jnp.ones(3)),
+            lambda h, x: gru(x, h),
+            jnp.ones(3),
+            lambda h: h,
+        ),
+        "LSTM": (RNN(lstm), lambda h, x: lstm(x, h), (zeros, zeros), lambda h: h[0]),
+        "LEM": (RNN(lem), lem, (zeros, zeros), lambda h: h[0]),
+        "own cell": (RNN(own), own, own.initial_state(), lambda h: h),
+        "own function": (
+            RNN(own_function, jnp.ones(4)),
+            own_function,
+            jnp.ones(4),
+            lambda h: h,
+        ),
+    }
+
+
+def loop(step, init, xs, reverse=False):
+    """The states, one after the other."""
+    twice = lambda h, x: (step(h, x),) * 2
+    return lax.scan(twice, init, xs, reverse=reverse)[1]
+
+
+def backwards(layer):
+    return eqx.tree_at(lambda m: m.reverse, layer, True)
+
+
+@pytest.mark.parametrize("name", _cells())
+def test_rnn(name):
+    """Outputs, last state, all states: those of a loop over the cell."""
+    layer, step, init, output = _cells()[name]
+    xs = _inputs()
+    for reverse in (False, True):
+        layer = RNN(layer.cell, layer.init, reverse=reverse)
+        states = loop(step, init, xs, reverse)
+        sol = quick(lambda m, xs: m.solve(xs))(layer, xs)
+        assert_close(sol.carries, states, rounding())
+        assert_close(sol.ys, output(states), rounding())
+        end = 0 if reverse else -1
+        last = jtu.tree_map(lambda x, end=end: x[end], states)
+        assert_close(sol.carry, last, rounding())
+        assert layer.out_size == jtu.tree_leaves(output(states))[0].shape[-1]
+    assert int(sol.stats["num_fallback_steps"]) == 0
+
+
+def test_rnn_learns_its_start():
+    """`init` is a parameter like others."""
+    cell = eqx.nn.GRUCell(NUM_INPUTS, 3, key=jr.key(1))
+    layer, xs = RNN(cell, jnp.ones(3)), _inputs()
+    ours = quick(jax.grad(lambda m: jnp.sum(jnp.sin(m(xs)))))
+    direct = quick(
+        jax.grad(
+            lambda m: jnp.sum(jnp.sin(loop(lambda h, x: m.cell(x, h), m.init, xs)))
+        )
+    )
+    assert_close(ours(layer), direct(layer), rounding())
+    assert float(jnp.abs(ours(layer).init).min()) > 0
+
+
+def test_rnn_needs_a_start():
+    with pytest.raises(ValueError, match="give it as `RNN.cell, init.`"):
+        RNN(own_function)
+
+
+def test_lem_cell():
+    """Its equations, with the parameters taken apart by name."""
+    cell = LEMCell(NUM_INPUTS, 4, dt=0.3, key=jr.key(0))
+    y, z = jr.normal(jr.key(1), (2, 4))
+    u = jr.normal(jr.key(2), (NUM_INPUTS,))
+    V1, V2, Vz, Vy = jnp.split(cell.from_input.weight, 4)
+    b1, b2, bz, by = jnp.split(cell.from_input.bias, 4)
+    W1, W2, Wz = jnp.split(cell.from_y, 3)
+    dt = 0.3 * sigmoid(W1 @ y + V1 @ u + b1)
+    dt_bar = 0.3 * sigmoid(W2 @ y + V2 @ u + b2)
+    new_z = (1 - dt) * z + dt * jnp.tanh(Wz @ y + Vz @ u + bz)
+    new_y = (1 - dt_bar) * y + dt_bar * jnp.tanh(cell.from_z @ new_z + Vy @ u + by)
+    assert_close(cell((y, z), u), (new_y, new_z), rounding())
+    assert_close(cell.initial_state(), (jnp.zeros(4), jnp.zeros(4)), 0.0)
+    bound = 0.5 + 1e-12  # one over the root of four, and rounding
+    for leaf in jtu.tree_leaves(cell):
+        assert float(jnp.abs(leaf).max()) <= max(bound, NUM_INPUTS**-0.5 + 1e-12)
+    for dt in (0.0, 1.5):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            LEMCell(2, 2, dt=dt, key=jr.key(0))
+
+
+# --- many heads -----------------------------------------------------------------------
+
+
+def heads_by_the_book(gru, xs):
+    """The equations of the docstring, index by index."""
+    num_heads, size = gru.new_bias.shape
+    num_steps = xs.shape[0]
+    Wr, Wz, Wn = jnp.split(gru.from_input, 3, axis=1)
+    Ur, Uz, Un = jnp.split(gru.from_state, 3, axis=1)
+    br, bz, bn = jnp.split(gru.bias, 3, axis=1)
+    outs = []
+    for j in range(num_heads):
+        k = gru.strides[j % len(gru.strides)]
+        h = {}
+        for i in range(num_steps)[:: -1 if gru.reverse else 1]:
+            before = h.get(i + k if gru.reverse else i - k, jnp.zeros(size))
+            r = sigmoid(Wr[j] @ xs[i] + Ur[j] @ before + br[j])
+            z = sigmoid(Wz[j] @ xs[i] + Uz[j] @ before + bz[j])
+            n = jnp.tanh(Wn[j] @ xs[i] + bn[j] + r * (Un[j] @ before + gru.new_bias[j]))
+            h[i] = (1 - z) * n + z * before
+        outs.append(jnp.stack([h[i] for i in range(num_steps)]))
+    return jnp.concatenate(outs, axis=-1)
+
+
+def multi_head(strides=(1,), num_heads=3, size=2, **kwargs):
+    gru = MultiHeadGRU(
+        NUM_INPUTS, num_heads, size, strides=strides, key=jr.key(7), **kwargs
+    )
+    # Biases that are not zero, so that they are seen.
+    bias = 0.3 * jr.normal(jr.key(8), gru.new_bias.shape)
+    return eqx.tree_at(lambda m: m.new_bias, gru, bias)
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("strides", ((1,), (3,), (2, 1)), ids=str)
+def test_multi_head_gru(strides, reverse):
+    """Also where the stride does not divide the length."""
+    gru, xs = multi_head(strides, num_heads=2, reverse=reverse), _inputs(num_steps=5)
+
+    def both(gru):
+        sol = gru.solve(xs)
+        return jnp.sum(jnp.sin(sol.ys)), sol
+
+    slope, sol = quick(jax.grad(both, has_aux=True))(gru)
+    expected_slope, expected = quick(
+        jax.grad(
+            lambda m: [jnp.sum(jnp.sin(ys := heads_by_the_book(m, xs))), ys],
+            has_aux=True,
+        )
+    )(gru)
+    assert_close(sol.ys, expected, rounding())
+    assert_close(slope, expected_slope, rounding())
+    assert sol.ys.shape == (5, gru.out_size) == (5, 4)
+    assert int(sol.stats["num_fallback_steps"]) == 0
+    assert sol.stats["num_steps"] == 5 * len(set(strides))
+
+
+def test_strides_beyond_the_end():
+    """Then every step starts from nothing."""
+    gru, xs = multi_head((20,)), _inputs(num_steps=4)
+    assert_close(quick(gru)(xs), quick(heads_by_the_book)(gru, xs), rounding())
+
+
+@pytest.mark.parametrize("strides", ((1,), (2,)), ids=str)
+def test_no_steps(strides):
+    ys = multi_head(strides)(jnp.zeros((0, NUM_INPUTS)))
+    assert ys.shape == (0, 6)
+
+
+def test_multi_head_states_as_a_guess():
+    gru, xs = multi_head((1, 3)), _inputs()
+    solve = quick(lambda gru, xs, guess: gru.solve(xs, guess=guess))
+    cold = solve(gru, xs, None)
+    warm = solve(gru, xs, cold.carries)
+    assert int(warm.stats["num_newton_steps"]) == 1
+    assert int(cold.stats["num_newton_steps"]) > 1
+    assert_close(warm.ys, cold.ys, rounding())
+
+
+def test_timescales():
+    """A head's memory, 1 / (1 - z) steps of constant input, is as asked for."""
+    gru = MultiHeadGRU(2, 50, 8, timescales=(3.0, 200.0), key=jr.key(0))
+    b_r, b_z, b_n = jnp.split(gru.bias, 3, axis=1)
+    for zero in (b_r, b_n, gru.new_bias):
+        np.testing.assert_array_equal(zero, 0.0)
+    tau = 1 / (1 - sigmoid(b_z))
+    assert 3 * (1 - 1e-9) <= float(tau.min()) and float(tau.max()) <= 200 * (1 + 1e-9)
+    # Even in the logarithm: the mean of 400 numbers is within four standard errors.
+    where = (np.log(tau) - np.log(3)) / np.log(200 / 3)
+    assert abs(where.mean() - 0.5) <= 4 / (12 * 400) ** 0.5
+    np.testing.assert_allclose(
+        MultiHeadGRU(2, 2, 2, timescales=(5.0, 5.0), key=jr.key(0)).bias[:, 2:4],
+        np.log(4.0),
+        rtol=rounding(),
+    )
+    # Weights are normal, of the variance that is documented (100 times 24 draws or
+    # more, so to four standard errors).
+    wide = MultiHeadGRU(16, 50, 8, key=jr.key(1))
+    for weights, variance in ((wide.from_input, 1 / 16), (wide.from_state, 1 / 32)):
+        error = 4 * (2 / weights.size) ** 0.5
+        assert abs(float(jnp.var(weights)) / variance - 1) <= error
+
+
+def test_dtype():
+    gru = MultiHeadGRU(2, 2, 2, strides=(1, 2), dtype=jnp.float32, key=jr.key(0))
+    rnn = RNN(LEMCell(2, 3, dtype=jnp.float32, key=jr.key(0)))
+    lstm = RNN(eqx.nn.LSTMCell(2, 3, dtype=jnp.float32, key=jr.key(0)))
+    for layer in (gru, rnn, lstm):
+        assert jax.eval_shape(layer, jnp.ones((5, 2), jnp.float32)).dtype == jnp.float32
+
+
+BAD_HEADS = {
+    "num_heads=...)` must be 1 or more; got 0": dict(num_heads=0),
+    "head_size=...)` must be 1 or more; got -1": dict(head_size=-1),
+    "input_size=...)` must be 1 or more; got 0": dict(input_size=0),
+    "`strides` must be 1 or more each; got ()": dict(strides=()),
+    "`strides` must be 1 or more each; got (1, 0)": dict(strides=(1, 0)),
+    "above 1; got (1.0, 5.0)": dict(timescales=(1.0, 5.0)),
+    "above 1; got (9.0, 5.0)": dict(timescales=(9.0, 5.0)),
+}
+
+
+@pytest.mark.parametrize("message", BAD_HEADS)
+def test_bad_heads(message):
+    good = dict(input_size=2, num_heads=2, head_size=2, key=jr.key(0))
+    with pytest.raises(ValueError) as error:
+        MultiHeadGRU(**good | BAD_HEADS[message])
+    assert message in str(error.value)
+
+
+def both_directions():
+    return Bidirectional(
+        multi_head((1, 2)),
+        RNN(eqx.nn.LSTMCell(NUM_INPUTS, 3, key=jr.key(2)), reverse=True),
+    )
+
+
+def test_bidirectional():
+    layer, xs = both_directions(), _inputs()
+    solve = quick(lambda m, xs, guess: m.solve(xs, guess=guess))
+    sol = solve(layer, xs, None)
+    parts = quick(lambda m, xs: [m.forward(xs), m.backward(xs)])(layer, xs)
+    assert_close(sol.ys, jnp.concatenate(parts, axis=-1), rounding())
+    assert layer.out_size == 9 == sol.ys.shape[-1]
+    # The second half of the outputs knows what is to come and not what was.
+    later = solve(layer, xs.at[0].add(1.0), None).ys
+    np.testing.assert_allclose(later[1:, 6:], sol.ys[1:, 6:], atol=rounding())
+    again = solve(layer, xs, sol.carries)
+    assert int(again.stats["num_newton_steps"]) == 1
+    assert_close(again.ys, sol.ys, rounding())
+
+
+# --- padding --------------------------------------------------------------------------
+
+LAYERS = {
+    "GRU": lambda: _cells()["GRU"][0],
+    "LSTM backwards": lambda: RNN(_cells()["LSTM"][0].cell, reverse=True),
+    "own cell": lambda: _cells()["own cell"][0],
+    "strides": lambda: multi_head((1, 3)),
+    "strides backwards": lambda: multi_head((2,), reverse=True),
+    "both directions": both_directions,
+}
+
+
+def squares(ys):
+    return sum(jnp.sum(jnp.sin(y)) for y in jtu.tree_leaves(ys))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_padding_changes_nothing(name):
+    """Not even padding of NaN: outputs, states and gradients are the short ones."""
+    layer, num_there = LAYERS[name](), 6
+    short = _inputs(num_steps=num_there)
+
+    def loss(layer, xs, padded):
+        length = num_there if padded else None
+        sol = layer.solve(xs, length=length)
+        ys = jtu.tree_map(lambda y: y[:num_there], sol.ys)
+        return squares(ys), (ys, sol.carry)
+
+    run = quick(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    (slope, x_slope), out = run(layer, short, False)
+    for fill in (jnp.nan, jnp.inf, 3.0):
+        padded = jnp.concatenate([short, jnp.full((5, NUM_INPUTS), fill)])
+        (p_slope, px_slope), p_out = run(layer, padded, True)
+        assert_close(p_out[0], out[0], rounding())
+        assert_close(p_slope, slope, rounding())
+        assert_close(px_slope[:num_there], x_slope, rounding())
+        np.testing.assert_array_equal(px_slope[num_there:], 0.0)
+        # States of strides end at different steps, so lanes are in another order.
+        if "strides" not in name and "both" not in name:
+            assert_close(p_out[1], out[1], rounding())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_mask_of_a_prefix_is_a_length(name):
+    layer, xs = LAYERS[name](), _inputs()
+    run = quick(lambda m, xs, **kwargs: m.solve(xs, **kwargs).carries)
+    mask = jnp.arange(NUM_STEPS) < 4
+    assert_close(run(layer, xs, mask=mask), run(layer, xs, length=jnp.int32(4)), 0.0)
+
+
+def test_mask_with_gaps():
+    """Steps that are not there leave the state alone."""
+    layer, xs = LAYERS["GRU"](), _inputs()
+    mask = jnp.array([0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0], bool)
+    kept = quick(layer)(xs[np.asarray(mask)])
+    ys = quick(layer)(jnp.where(mask[:, None], xs, jnp.nan), mask=mask)
+    assert_close(ys[np.asarray(mask)], kept, rounding())
+    np.testing.assert_allclose(ys[3], ys[2], rtol=0, atol=0)
+    np.testing.assert_array_equal(ys[0], 0.0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_nothing_but_padding(name):
+    layer, xs = LAYERS[name](), jnp.full((4, NUM_INPUTS), jnp.nan)
+    loss = lambda m, n: squares(m(xs, length=n))
+    slope = quick(jax.grad(loss))(layer, jnp.int32(0))
+    for leaf in jtu.tree_leaves(slope):
+        assert bool(jnp.all(jnp.isfinite(leaf)))
+
+
+@pytest.mark.parametrize("dtype", (jnp.int32, jnp.int64))
+def test_batches_of_padded_sequences(dtype):
+    """`jax.vmap` over sequences and their lengths, of any integer dtype."""
+    layer = LAYERS["strides"]()
+    batch = jnp.stack([_inputs(seed) for seed in range(3)])
+    lengths = jnp.array([11, 0, 5], dtype)
+    ys = quick(jax.vmap(lambda xs, n: layer(xs, length=n)))(batch, lengths)
+    for xs, n, y in zip(batch, lengths.tolist(), ys, strict=True):
+        if n > 0:
+            assert_close(y[:n], quick(layer)(xs[:n]), rounding())
+        else:
+            np.testing.assert_array_equal(y, 0.0)
+
+
+def test_bad_padding():
+    for layer in (LAYERS["GRU"](), LAYERS["strides"](), classifier()):
+        width = NUM_INPUTS
+        xs, mask = jnp.ones((4, width)), jnp.ones(4, bool)
+        with pytest.raises(ValueError, match="either `length` or `mask`"):
+            layer(xs, length=3, mask=mask)
+        with pytest.raises(ValueError, match="each of the 4 steps.*shape .3,"):
+            layer(xs, mask=mask[:3])
+
+
+# --- the classifier -------------------------------------------------------------------
+
+
+def classifier(dropout=0.0, dtype=None):
+    keys = _keys(4)
+    layers = [
+        MultiHeadGRU(4, 2, 2, strides=(1, 2), dtype=dtype, key=keys[0]),
+        RNN(eqx.nn.GRUCell(4, 3, dtype=dtype, key=keys[1]), reverse=True),
+    ]
+    encoder = eqx.nn.Linear(NUM_INPUTS, 4, dtype=dtype, key=keys[2])
+    return ResidualClassifier(
+        encoder,
+        layers,
+        width=4,
+        num_classes=3,
+        dropout=dropout,
+        dtype=dtype,
+        key=keys[3],
+    )
+
+
+def cross_entropy(model, xs, **kwargs):
+    out = model(xs, **kwargs)
+    return -jax.nn.log_softmax(out.logits)[1], out
+
+
+@quick
+def learn(model, xs, **kwargs):
+    return jax.grad(cross_entropy, has_aux=True)(model, xs, **kwargs)
+
+
+def by_the_book(model, xs):
+    """The equations of the docstring."""
+    us = jax.vmap(model.encoder)(xs)
+    for norm, layer, mixer in zip(model.norms, model.layers, model.mixers, strict=True):
+        a, b = jnp.split(
+            jax.vmap(mixer)(layer(jax.vmap(norm)(us), method=Sequential())), 2, axis=-1
+        )
+        us = us + a * sigmoid(b)
+    vs = jax.vmap(model.last_norm)(us)
+    return model.last(jnp.concatenate([vs.mean(axis=0), vs.max(axis=0)]))
+
+
+def test_classifier():
+    """Its equations; one after the other; and from a guess in one iteration."""
+    model, xs = classifier(), _inputs()
+    slope, out = learn(model, xs)
+    assert_close(out.logits, quick(by_the_book)(model, xs), rounding())
+    expected_slope, expected = learn(model, xs, method=Sequential())
+    assert_close(out.logits, expected.logits, rounding())
+    assert_close(slope, expected_slope, rounding())
+    assert int(expected.stats["num_newton_steps"]) == 0
+    assert int(out.stats["num_newton_steps"]) > 1
+    assert out.stats["num_steps"] == 3 * NUM_STEPS
+    assert int(out.stats["num_fallback_steps"]) == 0
+    again_slope, again = learn(model, xs, guess=out.carries)
+    assert int(again.stats["num_newton_steps"]) == 1
+    assert_close(again.logits, out.logits, rounding())
+    assert_close(again_slope, slope, rounding())
+    direction = random_like(jr.key(0), model)
+    value = jax.jit(lambda model: cross_entropy(model, xs)[0])
+    np.testing.assert_allclose(
+        tree_dot(slope, direction),
+        finite_difference(value, model, direction),
+        rtol=sqrt_eps(),
+        atol=sqrt_eps(),
+    )
+
+
+def test_classifier_ignores_padding():
+    model, xs = classifier(), _inputs(num_steps=6)
+    slope, out = learn(model, xs)
+    padded = jnp.concatenate([xs, jnp.full((5, NUM_INPUTS), jnp.nan)])
+    for kwargs in (
+        dict(length=jnp.int32(6)),
+        dict(mask=jnp.arange(NUM_STEPS) < 6),
+        dict(length=jnp.int32(6), method=Sequential()),
+    ):
+        p_slope, p_out = learn(model, padded, **kwargs)
+        assert_close(p_out.logits, out.logits, rounding())
+        assert_close(p_slope, slope, rounding())
+    nothing_slope, nothing = learn(
+        model, padded.at[:].set(jnp.nan), length=jnp.int32(0)
+    )
+    for leaf in jtu.tree_leaves((nothing_slope, nothing.logits)):
+        assert bool(jnp.all(jnp.isfinite(leaf)))
+
+
+def test_classifier_of_a_batch():
+    model = classifier()
+    batch = jnp.stack([_inputs(seed) for seed in range(3)])
+    lengths = jnp.array([11, 3, 8], jnp.int32)
+    run = quick(jax.vmap(lambda xs, n: model(xs, length=n).logits))
+    short = quick(lambda xs: model(xs).logits)
+    expected = jnp.stack(
+        [short(x[:n]) for x, n in zip(batch, lengths.tolist(), strict=True)]
+    )
+    assert_close(run(batch, lengths), expected, rounding())
+
+
+def test_dropout():
+    """Only with a key, for whole sequences, and without bias."""
+    plain, model, xs = classifier(), classifier(dropout=0.4), _inputs()
+    run = quick(lambda model, xs, key: model(xs, key=key).logits)
+    assert_close(run(model, xs, None), run(plain, xs, None), 0.0)
+    assert_close(run(plain, xs, jr.key(0)), run(plain, xs, None), rounding())
+    several = quick(jax.vmap(lambda key: model(xs, key=key).logits))(
+        jr.split(jr.key(0), 8)
+    )
+    assert len(np.unique(np.asarray(several[:, 0]))) > 1
+    # Where the layers add nothing, logits are linear in what is left out at the end,
+    # so that their mean over keys is the answer without.
+    silent = lambda model: eqx.tree_at(
+        lambda m: m.mixers, model, jtu.tree_map(jnp.zeros_like, model.mixers)
+    )
+    last = silent(model)
+    many = quick(jax.vmap(lambda key: last(xs, key=key).logits))
+    logits = many(jr.split(jr.key(1), 4000))
+    exact = run(last, xs, None)
+    # Four standard errors.
+    error = 4 * jnp.std(logits, axis=0) / 4000**0.5
+    assert bool(jnp.all(jnp.abs(jnp.mean(logits, axis=0) - exact) <= error))
+    for dropout in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="`dropout` must be from 0 to below 1"):
+            classifier(dropout)
+
+
+def test_dropout_leaves_the_same_outputs_out_at_all_steps():
+    """A layer of constant output, so that what the mixer gets is seen."""
+    model = classifier(dropout=0.5)
+    seen = []
+
+    class Spy(eqx.Module):
+        inner: eqx.nn.Linear
+
+        def __call__(self, x):
+            jax.debug.callback(lambda x: seen.append(np.asarray(x)), x)
+            return self.inner(x)
+
+    model = eqx.tree_at(lambda m: m.mixers[0], model, Spy(model.mixers[0]))
+    quick(lambda xs: model(xs, key=jr.key(0)).logits)(_inputs())
+    jax.effects_barrier()
+    (outs,) = [np.stack(seen).reshape(NUM_STEPS, -1)]
+    dropped = outs == 0
+    np.testing.assert_array_equal(dropped, dropped[:1].repeat(NUM_STEPS, 0))
+    assert 0 < dropped[0].sum() < 4
+
+
+def test_classifier_in_single_precision():
+    model, xs = classifier(dtype=jnp.float32), _inputs().astype(jnp.float32)
+    slope, out = learn(model, xs, length=jnp.int32(7))
+    expected_slope, expected = learn(
+        model, xs, length=jnp.int32(7), method=Sequential()
+    )
+    assert out.logits.dtype == jnp.float32
+    assert_close(out.logits, expected.logits, rounding(jnp.float32))
+    assert_close(slope, expected_slope, rounding(jnp.float32))
