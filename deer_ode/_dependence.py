@@ -68,6 +68,7 @@ def dependence(
 
     **Raises:**
 
+    - `TypeError`: where the step has no derivatives in forward mode.
     - `ValueError`: where the step joins what is mapped side by side (`jax.lax.psum`).
     """
     (size,) = y.shape
@@ -118,6 +119,13 @@ def _follow(jaxpr, const_values, masks: list[_Mask], size: int, values=None):
                 "side by side: its states can then not be solved for one by one. Map "
                 "within the step instead, or use `jax.lax.scan`."
             )
+        if eqn.primitive.name == "custom_lin":
+            raise TypeError(
+                "The step calls a function with a `jax.custom_vjp` rule, which has no "
+                "derivatives in forward mode; Newton's method needs them. Give it a "
+                "`jax.custom_jvp` rule, or go step by step: `jax.lax.scan`, or "
+                "`method=Sequential()`."
+            )
         if any("Ref" in type(atom.aval).__name__ for atom in eqn.invars):
             raise _Unknown
         ins = [mask(atom) for atom in eqn.invars]
@@ -167,8 +175,8 @@ def _apply_rule(eqn, ins: list[_Mask], values, size: int) -> list[_Mask]:
         present = [lift(m) for m in ins if m is not None]
         return [np.broadcast_to(_either(present), (*shape, size))]
     if name in ("reshape", "squeeze"):
-        if params.get("dimensions") is not None:  # of `reshape`: another order
-            axes = params["dimensions"]
+        if name == "reshape" and params["dimensions"] is not None:
+            axes = params["dimensions"]  # the order in which numbers are read
             first = first.transpose(*axes, *range(len(axes), first.ndim))
         return [first.reshape(*shape, size)]
     if name == "transpose":

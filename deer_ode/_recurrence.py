@@ -198,16 +198,7 @@ class Recurrence(AbstractMapRecurrence):
         # Full precision, since residuals could not become small otherwise.
         with jax.default_matmul_precision("highest"):
             # Of `f` as it comes, where a constant is seen to be one.
-            try:
-                found = dependence(f, start, one)
-            except TypeError as error:
-                if "custom_vjp" not in str(error):
-                    raise
-                raise TypeError(
-                    "The step calls a function with a `jax.custom_vjp` rule, which has "
-                    "no derivatives in forward mode; Newton's method needs them. Give "
-                    "it a `jax.custom_jvp` rule, or use `method=Sequential()`."
-                ) from error
+            found = dependence(f, start, one)
             # What `f` closes over becomes a leaf.
             self.f = eqx.filter_closure_convert(f, start, one)
         self._groups = None if found is None else connected(found)

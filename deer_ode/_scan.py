@@ -170,12 +170,9 @@ def solve_recurrence(
         raise TypeError(
             f"`method` must be `Newton(...)` or `Sequential()`; got {method!r}."
         )
-    for leaf in jtu.tree_leaves(xs):
-        if jnp.ndim(leaf) == 0:
-            raise ValueError(f"`xs` has no leading axis to scan over: {leaf}.")
     # The contract is that of `lax.scan` because it is `lax.scan` that checks it.
     structure = jax.eval_shape(
-        lambda init, xs: lax.scan(f, init, xs, length, reverse), init, xs
+        lambda init: lax.scan(f, init, xs, length, reverse), init
     )
     _check_carry(structure[0])
     # As `lax.scan` does, so that a Python number may stand for an array.

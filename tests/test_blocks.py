@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from deer_ode._affine import affine_solve, apply, parallel_scan, sequential_scan
-from deer_ode._blocks import BlockOrder, Blocks, contiguous, find_blocks, strided
+from deer_ode._blocks import (
+    BlockOrder,
+    Blocks,
+    connected,
+    contiguous,
+    find_blocks,
+    have_blocks,
+    strided,
+)
 
 from .helpers import assert_close, rounding
 
@@ -96,6 +104,10 @@ def dependent(size, groups):
     return out
 
 
+def groups_of(size, groups):
+    return connected(dependent(size, groups))
+
+
 def members(order):
     return {frozenset(i for i in column if i < order.state_size)
             for column in order.entries.T.tolist()}  # fmt: skip
@@ -103,20 +115,20 @@ def members(order):
 
 def test_blocks_are_found_wherever_they_are():
     groups = [[0, 5, 7], [1, 2, 6], [3, 4, 8]]
-    order = find_blocks(dependent(9, groups))
+    order = find_blocks(groups_of(9, groups))
     assert members(order) == set(map(frozenset, groups))
     assert order.size == 3
     # One direction of dependence is enough, and so is a detour.
     chain = np.eye(6, dtype=bool)
     chain[0, 4] = chain[4, 2] = True
-    order = find_blocks(chain)
+    order = find_blocks(connected(chain))
     assert frozenset({0, 2, 4}) in members(order)
     assert order.size == 3 and order.num_blocks == 2
 
 
 def test_small_groups_share_blocks():
     groups = [[0, 1, 2], [3, 4, 5], [6], [7, 8], [9], [10, 11]]
-    order = find_blocks(dependent(12, groups))
+    order = find_blocks(groups_of(12, groups))
     assert order.size == 3
     found = members(order)
     assert sum(len(m) for m in found) == 12
@@ -127,7 +139,15 @@ def test_small_groups_share_blocks():
 
 
 def test_what_does_not_pay_is_left():
-    assert find_blocks(np.ones((4, 4), bool)) is None
+    assert find_blocks(connected(np.ones((4, 4), bool))) is None
     # One large group: blocks of its size would hold as much as the whole.
-    assert find_blocks(dependent(8, [[0, 1, 2, 3, 4, 5], [6], [7]])) is None
-    assert find_blocks(np.eye(3, dtype=bool)).size == 1
+    assert find_blocks(groups_of(8, [[0, 1, 2, 3, 4, 5], [6], [7]])) is None
+    assert find_blocks(connected(np.eye(3, dtype=bool))).size == 1
+
+
+def test_declared_blocks_may_hold_several_groups():
+    groups = groups_of(4, [[0, 1], [2], [3]])
+    assert have_blocks(groups, BlockOrder(contiguous(2, 2), 4))
+    assert not have_blocks(groups, BlockOrder(strided(2, 2), 4))
+    assert not have_blocks(groups, BlockOrder(strided(1, 4), 4))
+    assert have_blocks((0, 1, 2, 3), BlockOrder(strided(1, 4), 4))

@@ -219,7 +219,7 @@ def test_multi_head_gru(strides, reverse):
     assert_close(slope, expected_slope, rounding())
     assert sol.ys.shape == (5, gru.out_size) == (5, 4)
     assert int(sol.stats["num_fallback_steps"]) == 0
-    assert sol.stats["num_steps"] == 5 * len(set(strides))
+    assert sol.stats["num_steps"] == 5
 
 
 def test_strides_beyond_the_end():
@@ -464,7 +464,7 @@ def test_classifier():
     assert_close(slope, expected_slope, rounding())
     assert int(expected.stats["num_newton_steps"]) == 0
     assert int(out.stats["num_newton_steps"]) > 1
-    assert out.stats["num_steps"] == 3 * NUM_STEPS
+    assert out.stats["num_steps"] == NUM_STEPS
     assert int(out.stats["num_fallback_steps"]) == 0
     again_slope, again = learn(model, xs, guess=out.carries)
     assert int(again.stats["num_newton_steps"]) == 1
@@ -480,6 +480,7 @@ def test_classifier():
     )
 
 
+@pytest.mark.slow
 def test_classifier_ignores_padding():
     model, xs = classifier(), _inputs(num_steps=6)
     slope, out = learn(model, xs)
@@ -511,6 +512,7 @@ def test_classifier_of_a_batch():
     assert_close(run(batch, lengths), expected, rounding())
 
 
+@pytest.mark.slow
 def test_dropout():
     """Only with a key, for whole sequences, and without bias."""
     plain, model, xs = classifier(), classifier(dropout=0.4), _inputs()
@@ -559,6 +561,7 @@ def test_dropout_leaves_the_same_outputs_out_at_all_steps():
     assert 0 < dropped[0].sum() < 4
 
 
+@pytest.mark.slow
 def test_classifier_in_single_precision():
     model, xs = classifier(dtype=jnp.float32), _inputs().astype(jnp.float32)
     slope, out = learn(model, xs, length=jnp.int32(7))

@@ -67,11 +67,6 @@ def test_gradients_are_exact_where_the_linearisation_is_not():
     assert_close(actual, expected, rounding())
 
 
-def test_memory_does_not_grow_with_the_square_of_the_state():
-    sizes = [PairedDiagonal().num_bytes(1000, n, jnp.float64) for n in (16, 32)]
-    assert sizes[1] == 2 * sizes[0] == 2 * 1000 * 2 * 16 * 8
-
-
 def test_an_odd_state_is_refused():
     term = diffrax.ODETerm(lambda t, y, args: -y)
     method = Newton(linearisation=PairedDiagonal())
