@@ -16,7 +16,25 @@ def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="run the slow tests too")
 
 
+#: Rows of tables that take half a minute each, and whose like a shorter row tests.
+SLOW_ROWS = (
+    "test_equations.py::test_values_and_gradients[Obreshkov(3)-b]",
+    "test_equations.py::test_values_and_gradients[RadauIIA(2)-b]",
+    "test_equations.py::test_transformations[Obreshkov(2)]",
+    "test_solvers.py::test_values_and_gradients[Sil3-c]",
+    "test_exponential.py::test_parallel_is_sequential[Exprb43-pytree]",
+    "test_exponential.py::test_parallel_is_sequential[Exprb43-neural cde]",
+    "test_nn.py::test_padding_changes_nothing[strides backwards]",
+    "test_nn.py::test_padding_changes_nothing[LSTM backwards]",
+    "test_nn.py::test_multi_head_gru[(2, 1)-True]",
+    "test_nn.py::test_batches_of_padded_sequences[int32]",
+)
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.nodeid.endswith(SLOW_ROWS):
+            item.add_marker(pytest.mark.slow)
     if config.getoption("--runslow"):
         return
     skip = pytest.mark.skip(reason="slow: run with --runslow")
