@@ -380,16 +380,3 @@ def load_cifar10(folder: str | os.PathLike) -> Sequences:
         xs[..., i] = values.astype(np.float32)[pixels[:, i]]
     is_test = np.arange(len(xs)) >= len(train)
     return _sequences(xs, np.concatenate(labels), is_test, CIFAR10)
-
-
-def batches(
-    num_samples: int, batch_size: int, *, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """One shuffled epoch: index arrays of shape `(batch_size,)`, without the rest.
-
-    A `batch_size` that is not in 1..`num_samples` is a `ValueError`.
-    """
-    if not 1 <= batch_size <= num_samples:
-        raise ValueError(f"`batch_size` must be in 1..{num_samples}, not {batch_size}.")
-    order = rng.permutation(num_samples)[: num_samples // batch_size * batch_size]
-    return iter(order.reshape(-1, batch_size))

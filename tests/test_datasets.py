@@ -12,7 +12,6 @@ import pytest
 
 from examples import datasets
 from examples.datasets import (
-    batches,
     data_folder,
     load_bearings,
     load_cifar10,
@@ -684,27 +683,3 @@ def test_real_mnist():
     np.testing.assert_allclose(
         data.xs[data.is_test].sum(dtype=np.float64), total / 255, rtol=EPS
     )
-
-
-# --- Batches -----------------------------------------------------------------
-
-
-def test_batches():
-    rng = np.random.default_rng(3)
-    first, second = (list(batches(10, 3, rng=rng)) for _ in range(2))
-    for epoch in (first, second):
-        assert [len(x) for x in epoch] == [3, 3, 3]
-        assert len(set(np.concatenate(epoch))) == 9
-        assert set(np.concatenate(epoch)) < set(range(10))
-    assert not np.array_equal(first, second)
-    again = list(batches(10, 3, rng=np.random.default_rng(3)))
-    np.testing.assert_array_equal(again, first)
-    (whole,) = batches(4, 4, rng=rng)
-    assert sorted(whole.tolist()) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("batch_size", [0, -2, 5])
-def test_impossible_batches(batch_size):
-    # At the call, not at the first batch.
-    with pytest.raises(ValueError, match=rf"must be in 1\.\.4, not {batch_size}"):
-        batches(4, batch_size, rng=np.random.default_rng(0))
