@@ -155,8 +155,9 @@ def _known_integers(eqn, values):
     if not small or any(v is None for v in values) or eqn.effects:
         return None
     with jax.ensure_compile_time_eval():
-        if eqn.primitive.name in _CALLS:
-            out = jexc.jaxpr_as_fun(eqn.params["jaxpr"])(*values)
+        program = eqn.params.get("jaxpr")
+        if eqn.primitive.name in _CALLS and isinstance(program, jexc.ClosedJaxpr):
+            out = jexc.jaxpr_as_fun(program)(*values)
         elif any(isinstance(p, _PROGRAMS) for p in eqn.params.values()):
             return None
         else:

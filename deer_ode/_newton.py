@@ -75,9 +75,12 @@ class Newton(eqx.Module):
     which is the componentwise backward error of one step: what rounding alone causes
     has this size. (A step that is an equation $F_i(y_{i-1}, y_i) = 0$ is accepted when
     $|F_i|$ is small beside $|B_i| |y_i| + |C_i| |y_{i-1}|$, with its Jacobians $B_i$
-    and $C_i$.) The solve is converged when every step is; a residual that is not a
-    number is never small. The correction belonging to the accepted residual is still
-    applied.
+    and $C_i$. Where a step is a map that is no differential equation's, the largest
+    entry of the last few states stands for $|y_i|$.) Unless `rtol` or `atol` is given,
+    the correction $\delta_i$ has to be small beside the states as well, since small
+    residuals may add up. The solve is converged when every step is; a residual that is
+    not a number is never small. The correction belonging to the accepted residual is
+    still applied.
 
     Non-finite iterates do no harm: every step from the first such state on restarts
     from the last good one.
