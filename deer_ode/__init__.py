@@ -24,10 +24,10 @@ from ._discretisation import (
 from ._integrate import diffeqsolve as diffeqsolve
 from ._linearisation import (
     AbstractLinearisation as AbstractLinearisation,
-    Auto as Auto,
     BlockDiagonal as BlockDiagonal,
     Dense as Dense,
     Diagonal as Diagonal,
+    Exact as Exact,
     PairedDiagonal as PairedDiagonal,
 )
 from ._newton import Newton as Newton

@@ -14,7 +14,7 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._affine import affine_solve
-from ._linearisation import Auto, Dense
+from ._linearisation import Dense, Exact
 from ._newton import Newton, NewtonSolution
 from ._recurrence import AbstractRecurrence, Recurrence
 
@@ -35,8 +35,8 @@ def _solve_jvp(primals, tangents):
         return solution, t_solution
     ys = solution.ys
     # What the forward pass used may have been cheaper; a derivative needs all of it.
-    is_exact = isinstance(method.linearisation, Dense | Auto)
-    exact = recurrence.choose(method.linearisation if is_exact else Auto())
+    is_exact = isinstance(method.linearisation, Dense | Exact)
+    exact = recurrence.choose(method.linearisation if is_exact else Exact())
     num_steps, state_size = ys.shape
     if (
         isinstance(recurrence, Recurrence)

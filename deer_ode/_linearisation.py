@@ -134,7 +134,7 @@ class BlockDiagonal(AbstractLinearisation):
     Costs $s$ tangents for all heads together, and $s n$ numbers per step; nothing of
     size $n^2$ is ever made. Newton's method where no head depends on another;
     otherwise quasi-Newton, with what comes from other heads counted as a head's own.
-    [`deer_ode.Auto`][] finds such heads by itself, in any order.
+    [`deer_ode.Exact`][] finds such heads by itself, in any order.
     """
 
     size: int = eqx.field(static=True)
@@ -152,7 +152,7 @@ class BlockDiagonal(AbstractLinearisation):
         if rest != 0:
             raise ValueError(
                 f"`BlockDiagonal({self.size})` needs a state of a multiple of "
-                f"{self.size} numbers; got {state_size}. `Auto()` finds blocks of any "
+                f"{self.size} numbers; got {state_size}. `Exact()` finds blocks of any "
                 "sizes."
             )
         return Blockwise(BlockOrder(contiguous(self.size, num_blocks), state_size))
@@ -244,7 +244,7 @@ class PairedDiagonal(AbstractLinearisation):
         del num_steps, state_size, dtype
 
 
-class Auto(AbstractLinearisation):
+class Exact(AbstractLinearisation):
     """The exact Jacobian, without the zeros that it is bound to have.
 
     Which entry of a step may depend on which entry of the state before it is read off
@@ -270,7 +270,7 @@ class Auto(AbstractLinearisation):
         del num_steps, state_size, dtype  # that of what is found counts
 
 
-Auto.__init__.__doc__ = """**Arguments:**
+Exact.__init__.__doc__ = """**Arguments:**
 
 - `max_bytes`: as for [`deer_ode.Dense`][], where there are no blocks.
 """

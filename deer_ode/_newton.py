@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._affine import scan_from_zero
 from ._custom_types import Trajectory
-from ._linearisation import AbstractLinearisation, Auto
+from ._linearisation import AbstractLinearisation, Exact
 from ._misc import hold_last_good, is_reasonable, leading_true
 from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractRecurrence
@@ -94,7 +94,7 @@ class Newton(eqx.Module):
         equations with given error bounds*, for the acceptance test.
     """
 
-    linearisation: AbstractLinearisation = Auto()
+    linearisation: AbstractLinearisation = Exact()
     guess: AbstractPredictor = Coarse()
     rtol: float | None = None
     atol: float | None = None
@@ -105,7 +105,7 @@ class Newton(eqx.Module):
     def __check_init__(self):
         if not isinstance(self.linearisation, AbstractLinearisation):
             raise ValueError(
-                "`Newton(linearisation=...)` must be a linearisation such as `Auto()` "
+                "`Newton(linearisation=...)` must be a linearisation such as `Exact()` "
                 f"or `Diagonal()`; got {self.linearisation!r}."
             )
         if not isinstance(self.guess, AbstractPredictor):
@@ -276,7 +276,7 @@ class Newton(eqx.Module):
 
 Newton.__init__.__doc__ = """**Arguments:**
 
-- `linearisation`: which Jacobian to use: by default [`deer_ode.Auto`][], all of it
+- `linearisation`: which Jacobian to use: by default [`deer_ode.Exact`][], all of it
     without the zeros that it is bound to have.
 - `guess`: the initial trajectory: [`deer_ode.Coarse`][], [`deer_ode.Constant`][] or
     [`deer_ode.Trajectory`][].

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from deer_ode import Auto, Dense, Diagonal, PairedDiagonal
+from deer_ode import Dense, Diagonal, Exact, PairedDiagonal
 from deer_ode._blocks import connected
 from deer_ode._dependence import dependence
 from deer_ode._linearisation import Blockwise
@@ -415,7 +415,7 @@ def test_any_pattern_is_found(pattern):
 # --- what is made of it ---------------------------------------------------------------
 
 
-def chosen(step, state, linearisation=Auto()):
+def chosen(step, state, linearisation=Exact()):
     flattener = StateFlattener(state)
     flat = lambda y: flattener.flatten(step(flattener.unflatten(y)))
     y = jax.ShapeDtypeStruct((flattener.size,), flattener.dtype)
@@ -507,11 +507,11 @@ def test_too_large_a_mask_is_not_made():
     step = lambda y: jnp.sum(jnp.outer(y, y), axis=0)
     # 600 * 600 * 600 entries are more than 2**27.
     assert found(step, size=600) is None
-    assert isinstance(Auto().for_map(lambda: None, 600), Dense)
+    assert isinstance(Exact().for_map(lambda: None, 600), Dense)
 
 
 def test_limit_on_bytes_is_handed_on():
     linearisation, _ = chosen(
-        lambda y: y - jnp.mean(y), jnp.zeros(5), Auto(max_bytes=7)
+        lambda y: y - jnp.mean(y), jnp.zeros(5), Exact(max_bytes=7)
     )
     assert linearisation.max_bytes == 7

@@ -45,7 +45,7 @@ def test_recurrent_networks(monkeypatch):
     # States of at most one, in float32.
     assert found["difference"] < 1e3 * 2**-23
     steps = found["newton_steps"]
-    assert steps["Auto"] == steps["Dense"] < steps["Diagonal"]
+    assert steps["Exact"] == steps["Dense"] < steps["Diagonal"]
     # Of ten digits, after two epochs of forty.
     assert found["history"]["accuracy"][-1] > 0.3
     assert len(found["history"]["accuracy"]) == 2

@@ -16,11 +16,11 @@ from hypothesis import given, settings, strategies as st
 
 import deer_ode
 from deer_ode import (
-    Auto,
     BlockDiagonal,
     Constant,
     Dense,
     Diagonal,
+    Exact,
     Newton,
     PairedDiagonal,
     Sequential,
@@ -804,7 +804,7 @@ def test_failure_is_not_a_number():
 
 @pytest.mark.parametrize(
     "linearisation",
-    (BlockDiagonal(2), Diagonal(), PairedDiagonal(), Dense(), Auto()),
+    (BlockDiagonal(2), Diagonal(), PairedDiagonal(), Dense(), Exact()),
     ids=lambda x: type(x).__name__,
 )
 def test_structure_that_the_map_lacks(linearisation):
@@ -819,7 +819,7 @@ def test_structure_that_the_map_lacks(linearisation):
 
 @pytest.mark.parametrize(
     "linearisation",
-    (BlockDiagonal(2), PairedDiagonal(), Auto()),
+    (BlockDiagonal(2), PairedDiagonal(), Exact()),
     ids=lambda x: type(x).__name__,
 )
 def test_structure_that_the_map_has(linearisation):
@@ -888,7 +888,7 @@ def test_many_heads_need_little_memory():
 
     dense = num_steps * (num_heads * size) ** 2
     blocks = num_steps * num_heads * size**2
-    largest, memory = program(Auto())
+    largest, memory = program(Exact())
     assert largest < dense
     # At most the tangents of the three gates and of the state at once.
     assert largest <= 4 * blocks

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, PyTree
 from .._affine import apply
 from .._custom_types import Args, Mask, State, Trajectory, Y
 from .._implicit import solve_trajectory
-from .._linearisation import Auto, Dense
+from .._linearisation import Dense, Exact
 from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._newton import Newton
 from .._predictor import Coarse, Constant
@@ -175,7 +175,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return self.from_states(jax.vmap(self.flattener.flatten)(ys))
 
     def choose(self, linearisation):
-        if isinstance(linearisation, Auto):
+        if isinstance(linearisation, Exact):
             return Dense(linearisation.max_bytes)
         if not isinstance(linearisation, Dense):
             raise ValueError(
