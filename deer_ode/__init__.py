@@ -4,6 +4,13 @@ import importlib.metadata as _metadata
 
 from . import nn as nn
 from ._affine import affine_scan as affine_scan
+from ._auto import Auto as Auto
+from ._damping import (
+    AbstractDamping as AbstractDamping,
+    LevenbergMarquardt as LevenbergMarquardt,
+    Scaled as Scaled,
+    Undamped as Undamped,
+)
 from ._discretisation import (
     AbstractImplicitTerm as AbstractImplicitTerm,
     AveragedExponential as AveragedExponential,
@@ -30,6 +37,7 @@ from ._linearisation import (
     Exact as Exact,
     PairedDiagonal as PairedDiagonal,
 )
+from ._method import AbstractMethod as AbstractMethod, Sequential as Sequential
 from ._newton import Newton as Newton
 from ._parallel_adjoint import ParallelAdjoint as ParallelAdjoint
 from ._predictor import (
@@ -40,11 +48,11 @@ from ._predictor import (
 )
 from ._scan import (
     RecurrenceSolution as RecurrenceSolution,
-    Sequential as Sequential,
     scan as scan,
     solve_recurrence as solve_recurrence,
 )
 from ._solver import DEER as DEER
+from ._window import Window as Window
 
 
 try:

@@ -14,13 +14,15 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._affine import affine_solve
-from ._linearisation import Dense, Exact
-from ._newton import Newton, NewtonSolution
+from ._linearisation import Dense
+from ._method import AbstractMethod, TrajectorySolution
 from ._recurrence import AbstractRecurrence, Recurrence
 
 
 @eqx.filter_custom_jvp
-def _solve(recurrence: AbstractRecurrence, method: Newton) -> NewtonSolution:
+def _solve(
+    recurrence: AbstractRecurrence, method: AbstractMethod
+) -> TrajectorySolution:
     return method.solve(recurrence)
 
 
@@ -35,8 +37,7 @@ def _solve_jvp(primals, tangents):
         return solution, t_solution
     ys = solution.ys
     # What the forward pass used may have been cheaper; a derivative needs all of it.
-    is_exact = isinstance(method.linearisation, Dense | Exact)
-    exact = recurrence.choose(method.linearisation if is_exact else Exact())
+    exact = recurrence.choose(method.exact_linearisation)
     num_steps, state_size = ys.shape
     if (
         isinstance(recurrence, Recurrence)
@@ -51,6 +52,8 @@ def _solve_jvp(primals, tangents):
     return solution, t_solution._replace(ys=t_ys)
 
 
-def solve_trajectory(recurrence: AbstractRecurrence, method: Newton) -> NewtonSolution:
+def solve_trajectory(
+    recurrence: AbstractRecurrence, method: AbstractMethod
+) -> TrajectorySolution:
     """Solves `recurrence` by `method`, differentiably in all leaves of `recurrence`."""
     return _solve(recurrence, method)

@@ -11,22 +11,25 @@ of error. After $k$ iterations the first $k$ states are exact whatever the finit
 $A_i$, so there is always progress, and what is left over can be finished sequentially.
 """
 
+import functools as ft
 from collections.abc import Callable
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from ._affine import scan_from_zero
 from ._custom_types import Trajectory
-from ._linearisation import AbstractLinearisation, Exact
-from ._misc import hold_last_good, is_reasonable, leading_true
+from ._damping import AbstractDamping, Undamped
+from ._linearisation import AbstractLinearisation, Dense, Exact
+from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
+from ._misc import hold_last_good, is_reasonable
 from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractRecurrence
+from ._window import March, Progress, Updated, Window
 
 
 # Rounding of one step, in units of `eps * (|y| + |A| |y_previous|)`, was at most 25 on
@@ -40,31 +43,7 @@ _ROUNDING_UNITS = 64
 _CORRECTION_UNITS = 8
 
 
-class NewtonSolution(NamedTuple):
-    """What an iteration ended with."""
-
-    ys: Trajectory
-    num_good_steps: Int[Array, ""]
-    """Leading steps that satisfy the recurrence; all of them after success."""
-    num_newton_steps: Int[Array, ""]
-    num_fallback_steps: Int[Array, ""]
-    residual: Float[Array, ""]
-    """Largest residual over the good steps, before the last correction."""
-    is_stuck: Bool[Array, ""]
-    """Whether the step after the good ones leads from a finite state to none."""
-
-
-class Iterate(NamedTuple):
-    """A trajectory, and how far it is right."""
-
-    ys: Trajectory
-    iteration: Int[Array, ""]
-    num_good: Int[Array, ""]
-    residual: Float[Array, ""]
-    stuck: Bool[Array, ""]
-
-
-class Newton(eqx.Module):
+class Newton(AbstractMethod):
     r"""Newton's method, for all steps of a recurrence at once.
 
     A step is accepted when its residual $r_i = f_i(y_{i-1}) - y_i$ satisfies
@@ -101,6 +80,8 @@ class Newton(eqx.Module):
     norm: Callable[[Array], Array] = eqx.field(static=True, default=optx.max_norm)
     newton_max_steps: int = eqx.field(static=True, default=64)
     fallback: bool = eqx.field(static=True, default=True)
+    damping: AbstractDamping = Undamped()
+    window: Window | None = Window()
 
     def __check_init__(self):
         if not isinstance(self.linearisation, AbstractLinearisation):
@@ -125,59 +106,54 @@ class Newton(eqx.Module):
                     f"`Newton({name}=...)` must not be negative; got {value}."
                 )
 
-    def solve(self, recurrence: AbstractRecurrence) -> NewtonSolution:
-        """Finds the trajectory of `recurrence`. Not differentiable by itself."""
-        carry = self.iterate(recurrence)
-        is_answer = recurrence.is_sequential_answer(carry.ys)
-        if is_answer is not None:
-            num_good = jnp.minimum(carry.num_good, leading_true(is_answer))
-            carry = carry._replace(num_good=num_good)
-        return self._postprocess(recurrence, carry)
+    @property
+    def exact_linearisation(self):
+        is_exact = isinstance(self.linearisation, Dense | Exact)
+        return self.linearisation if is_exact else Exact()
+
+    def start_from(self, guess):
+        return eqx.tree_at(lambda method: method.guess, self, guess)
+
+    def solve(
+        self, recurrence: AbstractRecurrence, is_cpu: bool | None = None
+    ) -> TrajectorySolution:
+        """As every method; `is_cpu` where it is known what the solve will run on."""
+        if recurrence.num_steps == 0 or recurrence.y0.shape[0] == 0:
+            return solve_sequentially(recurrence)
+        if self.window is None:
+            return self._march(recurrence, None).run(self.fallback)
+        on_cpu, elsewhere = (
+            self.window.lengths(recurrence.num_steps, x) for x in (True, False)
+        )
+        run = lambda lengths: self._march(recurrence, lengths).run(self.fallback)
+        if is_cpu is not None or on_cpu == elsewhere:
+            return run(on_cpu if is_cpu else elsewhere)
+        return lax.platform_dependent(
+            cpu=lambda: run(on_cpu), default=lambda: run(elsewhere)
+        )
 
     def iterate(
         self, recurrence: AbstractRecurrence, ys: Trajectory | None = None
-    ) -> Iterate:
-        """The iteration alone, from `ys` or else from the guess: what it ended with,
-        converged or not.
+    ) -> Progress:
+        """The iteration over all steps, from `ys` or else from the guess: what it ended
+        with, converged or not.
         """
-        state_size = recurrence.y0.shape[0]
-        if recurrence.num_steps == 0 or state_size == 0:
-            return self._trivial(recurrence)
+        march = self._march(recurrence, None)
+        return march.iterate(march.begin(ys))
+
+    def _march(self, recurrence, lengths):
+        num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
         linearisation = recurrence.choose(self.linearisation)
-        linearisation.check_size(recurrence.num_steps, state_size, recurrence.y0.dtype)
-        return lax.while_loop(
-            lambda carry: self._unfinished(recurrence, carry),
-            lambda carry: self._iterate(recurrence, linearisation, carry),
-            self._init(recurrence, self.guess(recurrence) if ys is None else ys),
-        )
-
-    def _trivial(self, recurrence):
-        ys = jnp.zeros(
-            (recurrence.num_steps, *recurrence.y0.shape), recurrence.y0.dtype
-        )
-        return self._carry(ys)._replace(
-            num_good=jnp.asarray(recurrence.num_steps, jnp.int32),
-            residual=jnp.zeros((), ys.dtype),
-        )
-
-    def _carry(self, ys):
-        return Iterate(
-            ys,
-            iteration=jnp.asarray(0, jnp.int32),
-            num_good=jnp.asarray(0, jnp.int32),
-            residual=jnp.asarray(jnp.inf, ys.dtype),
-            stuck=jnp.asarray(False),
-        )
-
-    def _init(self, recurrence, ys):
-        ys = ys.astype(recurrence.y0.dtype)
-        return self._carry(hold_last_good(recurrence.y0, ys, is_reasonable(ys)))
-
-    def _unfinished(self, recurrence, carry):
-        return (
-            (carry.num_good < recurrence.num_steps)
-            & ~carry.stuck
-            & (carry.iteration < self.newton_max_steps)
+        is_patient = lengths is None
+        lengths = (num_steps,) if is_patient else lengths
+        linearisation.check_size(lengths[0], state_size, recurrence.y0.dtype)
+        return March(
+            recurrence,
+            self.guess,
+            ft.partial(self._update, linearisation),
+            lengths,
+            self.newton_max_steps,
+            is_patient,
         )
 
     def _tolerance(self, recurrence, size):
@@ -190,7 +166,7 @@ class Newton(eqx.Module):
         atol = jnp.finfo(dtype).tiny if self.atol is None else self.atol
         return jnp.asarray(atol, dtype) + jnp.broadcast_to(rtol, size.shape) * size
 
-    def _is_small(self, recurrence, correction, ys):
+    def _is_small(self, recurrence, correction, ys, largest):
         """Whether the correction is one that leaves nothing to correct.
 
         Residuals that are small each may add up, over many steps. The correction is
@@ -201,77 +177,34 @@ class Newton(eqx.Module):
         if self.rtol is not None or self.atol is not None:
             return jnp.ones(ys.shape[0], bool)
         eps = jnp.asarray(recurrence.eps, ys.dtype)[None]
-        largest = lax.cummax(jnp.abs(jnp.concatenate([recurrence.y0[None], ys])))[1:]
+        largest = lax.cummax(jnp.maximum(jnp.abs(ys), largest[None]))
         # No correction is smaller than rounding.
         floor = _CORRECTION_UNITS * eps * recurrence.sizes(ys)
         bound = jnp.sqrt(eps) / 4 * largest + floor + jnp.finfo(ys.dtype).tiny
         return jnp.all(jnp.abs(correction) <= bound, axis=-1)
 
-    def _iterate(self, recurrence, linearisation, carry):
-        ys = carry.ys
+    def _update(self, linearisation, recurrence, ys, largest, damping) -> Updated:
         residual, A, defect, size = recurrence.linearise(ys, linearisation)
         error = jax.vmap(self.norm)(defect / self._tolerance(recurrence, size))
         correction = scan_from_zero(A, residual)
-        corrected = ys + correction
         # Written so that NaN is not good.
-        num_good = leading_true(
+        good = (
             (error <= 1)
-            & self._is_small(recurrence, correction, ys)
-            & is_reasonable(corrected)
+            & self._is_small(recurrence, correction, ys, largest)
+            & is_reasonable(ys + correction)
         )
-        steps = jnp.arange(recurrence.num_steps, dtype=jnp.int32)
-        good_residual = jnp.where((steps < num_good)[:, None], jnp.abs(residual), 0)
-        # The next step, from a state that is right, is not a number: nor is the answer.
-        next_residual = residual[jnp.minimum(num_good, recurrence.num_steps - 1)]
-        is_finite = jnp.all(jnp.isfinite(next_residual))
-        stuck = (num_good < recurrence.num_steps) & ~is_finite
-        return Iterate(
-            hold_last_good(recurrence.y0, corrected, is_reasonable(corrected)),
-            carry.iteration + 1,
-            num_good,
-            jnp.max(good_residual),
-            stuck,
+        delta, damping = self.damping(
+            A,
+            residual,
+            correction,
+            lambda delta: recurrence.linearise(ys + delta, linearisation).residual,
+            jnp.maximum(jnp.max(jnp.abs(ys), axis=0), largest)[None],
+            damping,
         )
-
-    def _postprocess(self, recurrence, carry):
-        num_good = carry.num_good
-        if not self.fallback or recurrence.num_steps == 0:
-            no_steps = jnp.zeros_like(num_good)
-            return NewtonSolution(
-                carry.ys,
-                num_good,
-                carry.iteration,
-                no_steps,
-                carry.residual,
-                carry.stuck,
-            )
-        return NewtonSolution(
-            finish_sequentially(recurrence, carry.ys, num_good),
-            jnp.full_like(num_good, recurrence.num_steps),
-            carry.iteration,
-            recurrence.num_steps - num_good,
-            carry.residual,
-            carry.stuck,
-        )
-
-    def result(
-        self, solution: NewtonSolution, num_steps: int | Int[Array, ""]
-    ) -> optx.RESULTS:
-        """Whether the first `num_steps` steps of `solution` are the answer.
-
-        Known when the program is traced if there is a sequential finish.
-        """
-        if self.fallback:
-            return optx.RESULTS.successful
-        return optx.RESULTS.where(
-            solution.num_good_steps >= num_steps,
-            optx.RESULTS.successful,
-            optx.RESULTS.where(
-                solution.is_stuck,
-                optx.RESULTS.nonfinite,
-                optx.RESULTS.nonlinear_max_steps_reached,
-            ),
-        )
+        # What is right already gets all of its correction.
+        corrected = ys + jnp.where(good[:, None], correction, delta)
+        corrected = hold_last_good(recurrence.y0, corrected, is_reasonable(corrected))
+        return Updated(corrected, good, residual, damping)
 
 
 Newton.__init__.__doc__ = """**Arguments:**
@@ -292,18 +225,3 @@ Newton.__init__.__doc__ = """**Arguments:**
     `RESULTS.nonlinear_max_steps_reached`, or `RESULTS.nonfinite` where the next state
     is not a finite number.
 """
-
-
-def finish_sequentially(
-    recurrence: AbstractRecurrence, ys: Trajectory, start: Int[Array, ""]
-) -> Trajectory:
-    """Computes the states after the first `start` steps one after the other."""
-
-    def step(carry):
-        index, ys = carry
-        y = jnp.where(index > 0, ys[jnp.maximum(index - 1, 0)], recurrence.y0)
-        return index + 1, ys.at[index].set(recurrence.step(index, y))
-
-    return lax.while_loop(
-        lambda carry: carry[0] < recurrence.num_steps, step, (start, ys)
-    )[1]

@@ -7,7 +7,6 @@ parallel, everything before and after it stays Diffrax's own.
 """
 
 import diffrax
-import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.lax as lax
@@ -154,7 +153,7 @@ def _all_steps(
     method = solver.method
     if guess is not None and guess.shape[0] > 0:
         predictor = Trajectory(jax.vmap(StateFlattener(state.y).unflatten)(guess))
-        method = eqx.tree_at(lambda m: m.guess, method, predictor)
+        method = method.start_from(predictor)
     discretised = discretise(solver.solver, terms, grid, state.y, args)
     recurrence = discretised.recurrence
     solution = solve_trajectory(recurrence, method)
@@ -261,9 +260,10 @@ def _all_steps(
         **(dict(dense_ts=None, dense_infos=None, dense_save_index=None) | dense_fields),
         **(dict.fromkeys(_EVENT_FIELDS) | event_fields),
     )
+    nonfinite = solution.first_nonfinite_step
     stats = dict(
-        num_newton_steps=solution.num_newton_steps,
-        newton_residual=lax.stop_gradient(solution.residual),
+        **solution.stats(),
+        first_nonfinite_step=jnp.where(nonfinite < num_steps, nonfinite, -1),
         # Neither padding nor what comes after an event counts.
         num_fallback_steps=jnp.maximum(
             num_steps - (grid.num_steps - solution.num_fallback_steps), 0

@@ -22,6 +22,13 @@ class AbstractPredictor(eqx.Module):
     def __call__(self, recurrence: AbstractRecurrence) -> TrajectoryArray:
         """The states after each step; non-finite ones are allowed and held."""
 
+    def anew(self) -> "AbstractPredictor":
+        """What guesses a part of a trajectory, from the state that it begins with.
+
+        That is itself for a predictor that needs to know no more than the recurrence.
+        """
+        return Coarse()
+
 
 class Constant(AbstractPredictor):
     """The initial state everywhere: free, and far off."""
@@ -29,6 +36,9 @@ class Constant(AbstractPredictor):
     def __call__(self, recurrence):
         y0 = recurrence.y0
         return jnp.broadcast_to(y0, (recurrence.num_steps, *y0.shape))
+
+    def anew(self):
+        return self
 
 
 class Coarse(AbstractPredictor):
@@ -52,6 +62,9 @@ class Coarse(AbstractPredictor):
 
     def __call__(self, recurrence):
         return recurrence.coarse_trajectory(self.every)
+
+    def anew(self):
+        return self
 
 
 Coarse.__init__.__doc__ = """**Arguments:**

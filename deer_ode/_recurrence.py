@@ -70,6 +70,19 @@ class AbstractRecurrence(eqx.Module):
     def step(self, index: Int[Array, ""], y: State) -> State:
         """$f_i(y)$ for the step of zero-based `index`: one sequential step."""
 
+    @property
+    def num_before(self) -> int:
+        """How many of the states before a part of this recurrence that part has to
+        contain, for its `sizes` to be those of the whole.
+        """
+        return 0
+
+    @abc.abstractmethod
+    def part(
+        self, start: Int[Array, ""], length: int, y0: State
+    ) -> "AbstractRecurrence":
+        """The steps from the zero-based `start` on, from the state `y0` before them."""
+
     @abc.abstractmethod
     def choose(self, linearisation: AbstractLinearisation) -> AbstractLinearisation:
         """What `linearisation` comes to for the steps of this recurrence."""
@@ -114,6 +127,11 @@ class AbstractRecurrence(eqx.Module):
         """
 
 
+def cut(xs: PyTree[Array], start: Int[Array, ""], length: int) -> PyTree[Array]:
+    """`length` entries along the first axis of each leaf."""
+    return jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, start, length), xs)
+
+
 class AbstractMapRecurrence(AbstractRecurrence):
     r"""$y_i = f(y_{i-1}, x_i)$: one map for all steps, told apart by their inputs.
 
@@ -130,6 +148,10 @@ class AbstractMapRecurrence(AbstractRecurrence):
 
     def step(self, index, y):
         return self.f(y, jtu.tree_map(lambda x: x[index], self.xs))
+
+    def part(self, start, length, y0):
+        xs = cut(self.xs, start, length)
+        return eqx.tree_at(lambda r: (r.y0, r.xs), self, (y0, xs))
 
     def is_sequential_answer(self, ys):
         del ys
@@ -205,6 +227,10 @@ class Recurrence(AbstractMapRecurrence):
         self.y0 = y0
         self.xs = xs
         self.flattener = flattener
+
+    @property
+    def num_before(self):
+        return _SIZE_WINDOW - 1
 
     def groups(self):
         return self._groups

@@ -3,7 +3,6 @@ r"""The discrete mode: `jax.lax.scan`, with all its steps at once."""
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -11,19 +10,12 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, PyTree
 
+from ._auto import Auto
 from ._implicit import solve_trajectory
+from ._method import AbstractMethod, Sequential
 from ._misc import StateFlattener, previous_states
-from ._newton import Newton
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import Recurrence
-
-
-class Sequential(eqx.Module):
-    """One step after the other: `jax.lax.scan` itself, at full precision of products.
-
-    What [`deer_ode.scan`][] is compared with, by one word. Its derivatives are JAX's
-    own, by storing every step.
-    """
 
 
 class RecurrenceSolution(NamedTuple):
@@ -57,7 +49,7 @@ def scan(
     length: int | None = None,
     reverse: bool = False,
     *,
-    method: Newton | Sequential = Newton(),
+    method: AbstractMethod = Auto(),
     guess: PyTree = None,
     throw: bool = True,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
@@ -136,7 +128,7 @@ def solve_recurrence(
     length: int | None = None,
     reverse: bool = False,
     *,
-    method: Newton | Sequential = Newton(),
+    method: AbstractMethod = Auto(),
     guess: PyTree = None,
     throw: bool = True,
 ) -> RecurrenceSolution:
@@ -166,9 +158,10 @@ def solve_recurrence(
         >>> int(again.stats["num_newton_steps"])
         1
     """
-    if not isinstance(method, Newton | Sequential):
+    if not isinstance(method, AbstractMethod):
         raise TypeError(
-            f"`method` must be `Newton(...)` or `Sequential()`; got {method!r}."
+            "`method` must be `Auto()`, `Newton(...)` or `Sequential()`; got "
+            f"{method!r}."
         )
     # The contract is that of `lax.scan` because it is `lax.scan` that checks it.
     structure = jax.eval_shape(
@@ -190,14 +183,14 @@ def solve_recurrence(
     if reverse:
         xs = _flip(xs)
         guess = _flip(guess) if isinstance(guess, Trajectory) else guess
-    newton = eqx.tree_at(lambda m: m.guess, method, lax.stop_gradient(guess))
+    method = method.start_from(lax.stop_gradient(guess))
 
-    carries, solution = _solve_carries(f, init, xs, num_steps, newton)
+    carries, solution = _solve_carries(f, init, xs, num_steps, method)
     carry = jtu.tree_map(lambda x: x[-1], carries)
     ys = _outputs(f, init, xs, carries, structure[1])
     if reverse:
         ys, carries = _flip(ys), _flip(carries)
-    result = newton.result(solution, num_steps)
+    result = method.result(solution, num_steps)
     if throw:
         carry, ys, carries = result.error_if(
             (carry, ys, carries), result != optx.RESULTS.successful
@@ -205,9 +198,9 @@ def solve_recurrence(
     stats = dict(
         num_steps=num_steps,
         num_good_steps=solution.num_good_steps,
-        num_newton_steps=solution.num_newton_steps,
-        newton_residual=solution.residual,
         num_fallback_steps=solution.num_fallback_steps,
+        first_nonfinite_step=solution.first_nonfinite_step,
+        **solution.stats(),
     )
     return RecurrenceSolution(carry, ys, carries, result, stats)
 
@@ -245,7 +238,7 @@ def _one_of(xs):
     return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
 
 
-def _solve_carries(f, init, xs, num_steps: int, method: Newton):
+def _solve_carries(f, init, xs, num_steps: int, method: AbstractMethod):
     flattener = StateFlattener(init)
     y0 = flattener.flatten(init)
     # The second input counts the steps where `xs` holds nothing.

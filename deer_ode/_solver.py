@@ -11,11 +11,12 @@ import jax.tree_util as jtu
 from diffrax._term import AdjointTerm
 from jaxtyping import Array, Float, Int, Real
 
+from ._auto import Auto
 from ._custom_types import Args, Y
 from ._discretisation import Grid, Obreshkov, check_one_step, discretise, one_step
 from ._implicit import solve_trajectory
+from ._method import AbstractMethod
 from ._misc import StateFlattener
-from ._newton import Newton
 
 
 class WindowInterpolation(diffrax.AbstractLocalInterpolation):
@@ -94,7 +95,7 @@ class DEER(diffrax.AbstractWrappedSolver):
     """
 
     solver: diffrax.AbstractSolver = Obreshkov()
-    method: Newton = Newton()
+    method: AbstractMethod = Auto()
     num_substeps: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
@@ -105,9 +106,10 @@ class DEER(diffrax.AbstractWrappedSolver):
             )
         if type(self.solver) is DEER:
             raise ValueError("`DEER(DEER(...))` makes no sense: give the base solver.")
-        if not isinstance(self.method, Newton):
+        if not isinstance(self.method, AbstractMethod):
             raise ValueError(
-                f"`DEER(method=...)` needs a `Newton(...)`; got {self.method!r}."
+                "`DEER(method=...)` needs `Auto()`, `Newton(...)` or `Sequential()`; "
+                f"got {self.method!r}."
             )
         if self.num_substeps is not None and not (
             isinstance(self.num_substeps, int) and self.num_substeps > 0

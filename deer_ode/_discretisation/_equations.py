@@ -29,7 +29,7 @@ from .._linearisation import Dense, Exact
 from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._newton import Newton
 from .._predictor import Coarse, Constant
-from .._recurrence import AbstractRecurrence, Linearised
+from .._recurrence import AbstractRecurrence, Linearised, cut
 from ._base import Grid
 from ._step_map import tracing_steps
 from ._steps import Steps
@@ -132,6 +132,10 @@ class AbstractEquationRecurrence(AbstractRecurrence):
     @property
     def eps(self):
         return self.flattener.eps * (self.y0.shape[0] // max(self.flattener.size, 1))
+
+    def part(self, start, length, y0):
+        grid = cut(self.grid, start, length)
+        return eqx.tree_at(lambda r: (r.y0, r.grid), self, (y0, grid))
 
     @abc.abstractmethod
     def defects(self, ys: Trajectory) -> Trajectory:

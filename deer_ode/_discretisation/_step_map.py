@@ -161,6 +161,8 @@ class StepMap(AbstractMapRecurrence):
     draw: Draw
     interpolate: Callable[..., State]
     flattener: StateFlattener
+    harmless: tuple[State, StepInputs]
+    """A state and a step from it that can be differentiated: the first one."""
     is_explicit: bool = eqx.field(static=True)
 
     def __init__(
@@ -199,6 +201,7 @@ class StepMap(AbstractMapRecurrence):
                 interpolate, flat_y0, x, first.tnext
             )
         self.y0 = flat_y0
+        self.harmless = (flat_y0, x)
         self.is_explicit = is_explicit_rk(solver)
 
     @property
@@ -237,9 +240,10 @@ class StepMap(AbstractMapRecurrence):
         f, constant_starts, constant_xs = constant
         values = jax.vmap(f)(constant_starts, constant_xs)
         fine = jnp.all(jnp.isfinite(values), axis=-1)
-        starts = jnp.where(fine[:, None], starts, self.y0[None])
+        y, x = self.harmless
+        starts = jnp.where(fine[:, None], starts, y[None])
         select = jax.vmap(jnp.where, in_axes=(0, 0, None))
-        xs = jtu.tree_map(lambda x: select(fine, x, x[0]), self.xs)
+        xs = jtu.tree_map(lambda x, x0: select(fine, x, x0), self.xs, x)
         return values, fine, starts, xs
 
     # Rules of derivatives are traced where they are used: errors in them as well.

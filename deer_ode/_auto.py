@@ -1,0 +1,85 @@
+"""Which method: in parallel where that can win, one step after the other elsewhere."""
+
+import equinox as eqx
+import jax.lax as lax
+
+from ._linearisation import Dense
+from ._method import AbstractMethod, solve_sequentially
+from ._newton import Newton
+from ._recurrence import AbstractMapRecurrence
+
+
+# Shorter sequences are through before an iteration of the whole has been launched.
+_SHORT = 64
+
+# From this size on the published speed-up over the loop on an accelerator is 1.3 at
+# most (Lim et al. 2024, figure 2), since the work for the scan grows with its cube.
+_LARGE = 64
+
+
+class Auto(AbstractMethod):
+    r"""Chooses between [`deer_ode.Newton`][] and [`deer_ode.Sequential`][] by itself.
+
+    From the number of steps $T$, the size of the state $n$, the kind of the step and
+    the platform that the program is compiled for:
+
+    - On a CPU steps that are maps (Diffrax's solvers, recurrences) are taken one after
+        the other. A loop over small steps is compiled into one kernel there, and took
+        between a half and a thirtieth of the time of the iteration in all but one of
+        the cases measured.
+    - On accelerators, and wherever steps are equations to be solved
+        ([`deer_ode.Obreshkov`][], [`deer_ode.RadauIIA`][] and their like), all steps
+        are solved together; but sequences of fewer than 64 steps that are maps, and
+        Jacobians of $n \ge 64$ without structure, go one after the other as well.
+
+    The answer is the same, and so are derivatives, which are exact and parallel either
+    way. `stats["num_newton_steps"]` is zero where the loop was taken.
+
+    ??? cite "Reference"
+
+        Lim, Zhu, Selfridge, Kasim (2024), *Parallelizing non-linear sequential models
+        over the sequence length*, figure 2.
+    """
+
+    newton: Newton = Newton()
+
+    def __check_init__(self):
+        if not isinstance(self.newton, Newton):
+            raise ValueError(
+                "`Auto(newton)` must be how to iterate, a `Newton(...)`; got "
+                f"{self.newton!r}."
+            )
+
+    @property
+    def fallback(self):
+        return self.newton.fallback
+
+    @property
+    def exact_linearisation(self):
+        return self.newton.exact_linearisation
+
+    @property
+    def guess(self):
+        return self.newton.guess
+
+    def start_from(self, guess):
+        return eqx.tree_at(lambda m: m.newton, self, self.newton.start_from(guess))
+
+    def solve(self, recurrence):
+        if not isinstance(recurrence, AbstractMapRecurrence):
+            return self.newton.solve(recurrence)
+        num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
+        chosen = recurrence.choose(self.newton.linearisation)
+        is_large = isinstance(chosen, Dense) and state_size >= _LARGE
+        if num_steps < _SHORT or is_large:
+            return solve_sequentially(recurrence)
+        return lax.platform_dependent(
+            cpu=lambda: solve_sequentially(recurrence),
+            default=lambda: self.newton.solve(recurrence, is_cpu=False),
+        )
+
+
+Auto.__init__.__doc__ = """**Arguments:**
+
+- `newton`: how to iterate where that is chosen.
+"""

@@ -1,0 +1,309 @@
+r"""How far a correction of Newton's method goes: all the way, or less.
+
+Far from the solution a full step may lead anywhere. The Levenberg--Marquardt step is
+the minimum of
+
+$$\sum_i | A_i \delta_{i-1} + r_i - \delta_i |^2 + \lambda \sum_i |\delta_i|^2,$$
+
+which is the most likely path of a linear Gaussian model whose transitions are $A_i$,
+with inputs $r_i$ and unit noise, and of which every state was seen to be zero with
+variance $1 / \lambda$. A Kalman smoother finds it. With the covariances known, its
+means are two affine recurrences, one forward and one backward.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float
+
+from ._affine import apply, scan_from_zero
+from ._blocks import Blocks
+from ._custom_types import Propagators, Trajectory
+
+
+# Of the decrease that the linear model predicts, what is enough to go on, and what
+# shows that the model can be trusted further. The usual choice.
+_ENOUGH = 1e-3
+_PLENTY = 0.75
+
+_FIRST = 1e-2
+_FACTOR = 8.0
+_MOST_TRIALS = 12
+
+
+class Correction(NamedTuple):
+    delta: Trajectory
+    damping: Float[Array, ""]
+    """What the next iteration begins with."""
+
+
+class AbstractDamping(eqx.Module):
+    """What Newton's method does with a correction before it applies it.
+
+    Whether a step is accepted is decided on the full correction; damping changes only
+    where the next iterate is.
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        A: Propagators,
+        residual: Trajectory,
+        full: Trajectory,
+        residual_at: Callable[[Trajectory], Trajectory],
+        size: Trajectory,
+        damping: Float[Array, ""],
+    ) -> Correction:
+        r"""The damped correction.
+
+        **Arguments:**
+
+        - `A`, `residual`: of the iterate.
+        - `full`: the undamped correction.
+        - `residual_at`: the residual after a correction.
+        - `size`: of the entries of a state, `(1, state)`, by which they are compared.
+        - `damping`: $\lambda$ as the last iteration left it, zero at first.
+        """
+
+
+class Undamped(AbstractDamping):
+    """Newton's method as it is."""
+
+    def __call__(self, A, residual, full, residual_at, size, damping):
+        del A, residual, residual_at, size
+        return Correction(full, damping)
+
+
+class Scaled(AbstractDamping):
+    r"""The recurrence of the corrections with $\kappa A_i$ in place of $A_i$.
+
+    $$\delta_i = \kappa A_i \delta_{i-1} + r_i, \qquad 0 \le \kappa \le 1.$$
+
+    What an error does later on is forgotten at the rate $\kappa^i$, so that products of
+    many $A_i$ do not overflow. As cheap as no damping, and converges linearly: errors
+    that the dynamics does not forget are passed on one step an iteration for small
+    $\kappa$. With $\kappa = 0$ it is the fixed-point iteration $y_i \leftarrow
+    f_i(y_{i-1})$ of all steps at once.
+
+    ??? cite "Reference"
+
+        Gonzalez et al. (2024), *Towards scalable and stable parallelization of
+        nonlinear RNNs*, section 4, for damping by a smaller $A$.
+    """
+
+    factor: float = eqx.field(static=True)
+
+    def __check_init__(self):
+        if not 0 <= self.factor <= 1:
+            raise ValueError(
+                f"`Scaled(factor)` must be between 0 and 1; got {self.factor!r}."
+            )
+
+    def __call__(self, A, residual, full, residual_at, size, damping):
+        del full, residual_at, size
+        scaled = jtu.tree_map(lambda a: jnp.asarray(self.factor, a.dtype) * a, A)
+        return Correction(scan_from_zero(scaled, residual), damping)
+
+
+Scaled.__init__.__doc__ = r"""**Arguments:**
+
+- `factor`: $\kappa$, between 0 and 1.
+"""
+
+
+class LevenbergMarquardt(AbstractDamping):
+    r"""Levenberg--Marquardt steps on the whole trajectory, exact ones (ELK).
+
+    The correction minimises
+
+    $$\sum_i \frac{| A_i \delta_{i-1} + r_i - \delta_i |^2}{s^2} + \lambda \sum_i
+    \frac{|\delta_i|^2}{s^2}$$
+
+    with $s$ the size of each entry of the state, by a Kalman smoother in $O(\log T)$
+    depth and, beside what plain Newton costs, a constant number of products of matrices
+    like $A_i$ a step. $\lambda$ begins at zero, so that nothing is damped while the sum
+    of squared residuals falls; where it does not, or falls by less than a thousandth of
+    what the linear model predicts, $\lambda$ is raised eightfold and the same
+    linearisation is used again; where it falls by three quarters or more, $\lambda$ is
+    lowered eightfold. The first state of a solve that is not right yet is always set
+    right, so that every iteration gets on.
+
+    ??? cite "References"
+
+        Gonzalez et al. (2024), *Towards scalable and stable parallelization of
+        nonlinear RNNs*, section 4.2, for the smoother as a damped step.
+
+        Särkkä, García-Fernández (2021), *Temporal parallelization of Bayesian
+        smoothers*, for covariances by an associative scan.
+
+        Moré (1978), *The Levenberg--Marquardt algorithm: implementation and theory*.
+    """
+
+    def __call__(self, A, residual, full, residual_at, size, damping):
+        before = _merit(residual, size)
+
+        def attempt(carry):
+            trial, lam, _, _ = carry
+            delta = jnp.where(lam > 0, smooth(A, residual, lam, size), full)
+            left = _merit(_linear_residual(A, residual, delta), size)
+            ratio = (before - _merit(residual_at(delta), size)) / (before - left)
+            # Written so that NaN is no success.
+            fine = (ratio >= _ENOUGH) | (before == 0)
+            raised = jnp.maximum(lam * _FACTOR, _FIRST)
+            lowered = jnp.where(lam <= _FIRST, 0, lam / _FACTOR)
+            following = jnp.where(
+                fine, jnp.where(ratio >= _PLENTY, lowered, lam), raised
+            )
+            return trial + 1, following, delta, fine
+
+        _, damping, delta, fine = lax.while_loop(
+            lambda carry: (carry[0] < _MOST_TRIALS) & ~carry[3],
+            attempt,
+            (jnp.asarray(0, jnp.int32), damping, full, jnp.asarray(False)),
+        )
+        # Nothing helps: the first state is set right, and that is all.
+        first = jnp.zeros_like(full).at[0].set(residual[0])
+        return Correction(jnp.where(fine, delta, first), damping)
+
+
+def _merit(residual: Trajectory, size: Trajectory) -> Float[Array, ""]:
+    # The root of the sum of squares overflows later than the sum.
+    return jnp.linalg.norm(residual / size)
+
+
+def _linear_residual(A: Propagators, residual, delta):
+    before = jnp.concatenate([jnp.zeros_like(delta[:1]), delta[:-1]])
+    return apply(A, before) + residual - delta
+
+
+def smooth(
+    A: Propagators, residual: Trajectory, lam: Float[Array, ""], size: Trajectory
+) -> Trajectory:
+    """The damped correction for one value of `lam`."""
+    num_heads = residual.shape[-1]
+    if not isinstance(A, Blocks) and A.ndim == 3:
+        num_heads -= A.shape[-1]
+        if num_heads > 0:
+            # Only the last entries pass on; the others follow from those.
+            tails = smooth(A[:, num_heads:], residual[:, num_heads:], lam, size)
+            before = jnp.concatenate([jnp.zeros_like(tails[:1]), tails[:-1]])
+            heads = apply(A[:, :num_heads], before) + residual[:, :num_heads]
+            return jnp.concatenate([heads, tails], axis=-1)
+    size = jnp.broadcast_to(size[:, -residual.shape[-1] :], residual[:1].shape)
+    if isinstance(A, Blocks):
+        order = A.order
+        assert order is not None
+        # Blocks beside each other, as matrices of their own.
+        split = lambda x: jnp.moveaxis(order.split(x), -1, 1)
+        matrices = jnp.moveaxis(A.entries, -1, 1)
+        delta = _smooth_dense(matrices, split(residual), lam, split(size))
+        return order.join(jnp.moveaxis(delta, 1, -1))
+    if A.ndim == residual.ndim:
+        column = lambda x: x[..., None]
+        delta = _smooth_dense(A[..., None, None], column(residual), lam, column(size))
+        return delta[..., 0]
+    return _smooth_dense(A, residual, lam, size)
+
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+def _product(*factors):
+    out = factors[0]
+    for factor in factors[1:]:
+        out = jnp.matmul(out, factor, precision=_HIGHEST)
+    return out
+
+
+def _inverse(M):
+    return 1 / M if M.shape[-1] == 1 else jnp.linalg.inv(M)
+
+
+def _transposed(M):
+    return jnp.swapaxes(M, -1, -2)
+
+
+def _smooth_dense(A, r, lam, size):
+    """For matrices `(steps, *batch, n, n)` and vectors `(steps, *batch, n)`."""
+    # A unit of measurement that is zero would make everything zero by it infinite.
+    size = jnp.where(size > 0, size, 1)
+    A = A * size[..., None, :] / size[..., :, None]
+    r = r / size
+    eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
+    # The first state is known.
+    P = _covariances(A, lam)
+    before = jnp.concatenate([jnp.zeros_like(P[:1]), P[:-1]])
+    predicted = (_product(A, before, _transposed(A)) + eye).at[0].set(0)
+    gain = _inverse(eye + lam * predicted)
+    mean = scan_dense(_product(gain, A), _dot(gain, r))
+    A_next = jnp.concatenate([A[1:], jnp.zeros_like(A[:1])])
+    predicted_next = jnp.concatenate([predicted[1:], eye[:1]])
+    G = _product(P, _transposed(A_next), _inverse(predicted_next))
+    r_next = jnp.concatenate([r[1:], jnp.zeros_like(r[:1])])
+    inputs = mean - _dot(G, _dot(A_next, mean) + r_next)
+    return scan_dense(G, inputs, reverse=True) * size
+
+
+def _dot(M, v):
+    return jnp.matmul(M, v[..., None], precision=_HIGHEST)[..., 0]
+
+
+def scan_dense(A, b, reverse: bool = False):
+    """`scan_from_zero` for any number of systems side by side."""
+    for _ in range(b.ndim - 2):
+        # The innermost batch axis becomes the last one, and is mapped over.
+        return jax.vmap(lambda A, b: scan_dense(A, b, reverse), in_axes=1, out_axes=1)(
+            A, b
+        )
+    return scan_from_zero(A, b, reverse)
+
+
+def covariances_in_turn(A, lam):
+    r"""$P_i$ after each step: $P_i = (I + \lambda M_i)^{-1} M_i$ with $M_i = A_i
+    P_{i-1} A_i^\top + I$, from $P_1 = 0$.
+    """
+    eye = jnp.eye(A.shape[-1], dtype=A.dtype)
+
+    def step(P, A_i):
+        M = _product(A_i, P, _transposed(A_i)) + eye
+        P = _product(_inverse(eye + lam * M), M)
+        return P, P
+
+    zero = jnp.zeros_like(A[0])
+    return jnp.concatenate([zero[None], lax.scan(step, zero, A[1:])[1]])
+
+
+def covariances_at_once(A, lam):
+    """The same by an associative scan.
+
+    What a stretch of steps makes of a covariance is a fractional linear map, written as
+    a transition, a covariance and an information matrix.
+    """
+    eye = jnp.eye(A.shape[-1], dtype=A.dtype)
+    kept = 1 / (1 + lam)
+    F = (kept * A).at[0].set(0)
+    C = jnp.broadcast_to(kept * eye, A.shape).at[0].set(0)
+    J = (lam * kept * _product(_transposed(A), A)).at[0].set(0)
+
+    def compose(first, second):
+        F1, C1, J1 = first
+        F2, C2, J2 = second
+        between = _inverse(eye + _product(C1, J2))
+        F = _product(F2, between, F1)
+        C = _product(F2, between, C1, _transposed(F2)) + C2
+        J = _product(_transposed(F1), J2, between, F1) + J1
+        return F, C, J
+
+    return lax.associative_scan(compose, (F, C, J))[1]
+
+
+def _covariances(A, lam):
+    return lax.platform_dependent(
+        A, lam, cpu=covariances_in_turn, default=covariances_at_once
+    )

@@ -1,0 +1,142 @@
+"""How a recurrence is solved: what all methods have in common."""
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int
+
+from ._custom_types import Trajectory
+from ._linearisation import AbstractLinearisation, Exact
+from ._misc import leading_true
+from ._predictor import AbstractPredictor, Coarse
+from ._recurrence import AbstractRecurrence
+
+
+class TrajectorySolution(NamedTuple):
+    """What a method ended with."""
+
+    ys: Trajectory
+    num_good_steps: Int[Array, ""]
+    """Leading steps that satisfy the recurrence; all of them after success."""
+    num_newton_steps: Int[Array, ""]
+    num_windows: Int[Array, ""]
+    num_fallback_steps: Int[Array, ""]
+    residual: Float[Array, ""]
+    """Largest residual over the steps that were solved for, before the last
+    correction.
+    """
+    damping: Float[Array, ""]
+    first_nonfinite_step: Int[Array, ""]
+    """The first step to a state that is not finite; -1 where there is none."""
+    is_stuck: Bool[Array, ""]
+    """Whether the step after the good ones leads from a finite state to none."""
+
+    def stats(self) -> dict[str, Any]:
+        """What the user gets to see of it, beside the counts of steps."""
+        return dict(
+            num_newton_steps=self.num_newton_steps,
+            newton_residual=lax.stop_gradient(self.residual),
+            newton_damping=lax.stop_gradient(self.damping),
+            num_windows=self.num_windows,
+        )
+
+
+def first_nonfinite_step(ys: Trajectory) -> Int[Array, ""]:
+    if ys.shape[0] == 0:
+        return jnp.asarray(-1, jnp.int32)
+    count = leading_true(jnp.all(jnp.isfinite(ys), axis=-1))
+    return jnp.where(count < ys.shape[0], count, -1)
+
+
+class AbstractMethod(eqx.Module):
+    """A way to solve a recurrence."""
+
+    @abc.abstractmethod
+    def solve(self, recurrence: AbstractRecurrence) -> TrajectorySolution:
+        """Finds the trajectory of `recurrence`. Not differentiable by itself."""
+
+    @property
+    @abc.abstractmethod
+    def fallback(self) -> bool:
+        """Whether what this method finds is the sequential answer in any case."""
+
+    @property
+    def exact_linearisation(self) -> AbstractLinearisation:
+        """The exact Jacobian, as derivatives of the solution are to use it."""
+        return Exact()
+
+    @property
+    def guess(self) -> AbstractPredictor:
+        """Where the method starts from unless told otherwise."""
+        return Coarse()
+
+    def start_from(self, guess: AbstractPredictor) -> "AbstractMethod":
+        """The same method from another guess."""
+        del guess
+        return self
+
+    def result(
+        self, solution: TrajectorySolution, num_steps: int | Int[Array, ""]
+    ) -> optx.RESULTS:
+        """Whether the first `num_steps` steps of `solution` are the answer.
+
+        Known when the program is traced if there is a sequential finish.
+        """
+        if self.fallback:
+            return optx.RESULTS.successful
+        return optx.RESULTS.where(
+            solution.num_good_steps >= num_steps,
+            optx.RESULTS.successful,
+            optx.RESULTS.where(
+                solution.is_stuck,
+                optx.RESULTS.nonfinite,
+                optx.RESULTS.nonlinear_max_steps_reached,
+            ),
+        )
+
+
+def solve_sequentially(recurrence: AbstractRecurrence) -> TrajectorySolution:
+    """One step after the other."""
+    num_steps, y0 = recurrence.num_steps, recurrence.y0
+
+    def step(y, index):
+        y = recurrence.step(index, y)
+        return y, y
+
+    ys = lax.scan(step, y0, jnp.arange(num_steps, dtype=jnp.int32))[1]
+    count = jnp.asarray(num_steps, jnp.int32)
+    none = jnp.zeros_like(count)
+    zero = jnp.zeros((), y0.dtype)
+    return TrajectorySolution(
+        ys=ys,
+        num_good_steps=count,
+        num_newton_steps=none,
+        num_windows=none,
+        num_fallback_steps=count,
+        residual=zero,
+        damping=zero,
+        first_nonfinite_step=first_nonfinite_step(ys),
+        is_stuck=jnp.asarray(False),
+    )
+
+
+class Sequential(AbstractMethod):
+    """One step after the other.
+
+    What the parallel methods are compared with, by one word. In [`deer_ode.scan`][] it
+    is `jax.lax.scan` itself, at full precision of products, and its derivatives are
+    JAX's own, by storing every step. In [`deer_ode.DEER`][] it is a loop over the steps
+    of the base solver, and derivatives are those of the parallel methods: one affine
+    scan, for which only the trajectory is stored.
+    """
+
+    @property
+    def fallback(self):
+        return True
+
+    def solve(self, recurrence):
+        return solve_sequentially(recurrence)

@@ -1,0 +1,403 @@
+r"""Which part of a trajectory is iterated on: all of it, or windows that move along it.
+
+Iterations follow the horizon, not the number of steps. Over a short window Newton's
+method needs a few of them whatever comes later, and where a window's worth of the
+trajectory is right the window moves on. It always begins at the first step that is not
+right yet, so nothing is solved for twice.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ._custom_types import State, Trajectory
+from ._method import TrajectorySolution, first_nonfinite_step
+from ._misc import hold_last_good, is_reasonable, leading_true, state_at
+from ._predictor import AbstractPredictor
+from ._recurrence import AbstractRecurrence
+
+
+# So many iterations to get on by a quarter of a window. Newton's method takes three to
+# five from a good guess, and two or three per window once it moves.
+_PATIENCE = 8
+_QUARTER = 4
+
+# The window has to prove itself for twice as long after each failure, up to so often.
+_MOST_DOUBLINGS = 20
+
+_CPU = (256,)
+_ACCELERATOR = (4096, 256)
+
+
+class Window(eqx.Module):
+    r"""Solves window by window where the whole interval at once does not pay.
+
+    A window begins at the first step that is not right yet and moves on as steps become
+    right. States that enter it are guessed from the end of the window as it is then, by
+    the method's own predictor. If it has not moved on by a quarter of its length in 8
+    iterations, a shorter window takes over; if the shortest one fails, as many steps as
+    it is long are taken sequentially. After a failure the longer window is tried again
+    once the shorter one has covered the length of it, the next time twice that, and so
+    on, so that trying costs little where it is in vain.
+
+    ??? cite "References"
+
+        Shih et al. (2023), *Parallel sampling of diffusion models*, for windows that
+        slide over a trajectory which is iterated on.
+    """
+
+    length: int | tuple[int, ...] | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        if self.length is None:
+            return
+        lengths = self.length if isinstance(self.length, tuple) else (self.length,)
+        if not (
+            len(lengths) > 0
+            and all(isinstance(n, int) and n > 0 for n in lengths)
+            and list(lengths) == sorted(set(lengths), reverse=True)
+        ):
+            raise ValueError(
+                "`Window(length)` must be a positive integer, or a tuple of such from "
+                f"the longest to the shortest; got {self.length!r}."
+            )
+
+    def lengths(self, num_steps: int, is_cpu: bool) -> tuple[int, ...]:
+        """The windows for so many steps, from the longest to the shortest."""
+        if self.length is None:
+            lengths = _CPU if is_cpu else (num_steps, *_ACCELERATOR)
+        elif isinstance(self.length, tuple):
+            lengths = self.length
+        else:
+            lengths = (self.length,)
+        return tuple(sorted({min(n, num_steps) for n in lengths}, reverse=True))
+
+
+Window.__init__.__doc__ = """**Arguments:**
+
+- `length`: how many steps a window spans; or several lengths, from the longest to the
+    shortest, each of which is compiled. By default 256 on a CPU, where work that fits
+    into the cache is what counts, and the whole interval, then 4,096, then 256, on
+    accelerators.
+"""
+
+
+class Updated(NamedTuple):
+    """What an iteration makes of the part of a trajectory that it is given."""
+
+    ys: Trajectory
+    good: Bool[Array, " steps"]
+    residual: Trajectory
+    damping: Float[Array, ""]
+
+
+class Progress(NamedTuple):
+    """A trajectory, and how far it is right."""
+
+    ys: Trajectory
+    num_good: Int[Array, ""]
+    num_guessed: Int[Array, ""]
+    """How many states hold a guess, at least."""
+    largest: State
+    """What each entry was at most, so far as the trajectory is right."""
+    num_newton_steps: Int[Array, ""]
+    num_sweeps: Float[Array, ""]
+    """The same in units of iterations over the whole trajectory."""
+    num_windows: Int[Array, ""]
+    num_fallback_steps: Int[Array, ""]
+    residual: Float[Array, ""]
+    damping: Float[Array, ""]
+    most_damping: Float[Array, ""]
+    is_stuck: Bool[Array, ""]
+    rung: Int[Array, ""]
+    """Which of the windows; their number if none is left."""
+    entered: Int[Array, ""]
+    """Where this window was begun with."""
+    mark: Int[Array, ""]
+    """Where the window last got on by a quarter of its length,"""
+    since: Int[Array, ""]
+    """and how many iterations ago that was."""
+    num_failures: Int[Array, ""]
+    num_trusted: Int[Array, ""]
+    """How many states need not be checked: sequential steps end there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class March:
+    """Windows of given lengths over one recurrence."""
+
+    recurrence: AbstractRecurrence
+    guess: AbstractPredictor
+    update: Callable[..., Updated]
+    """`(recurrence, ys, largest, damping)`: one iteration."""
+    lengths: tuple[int, ...]
+    max_sweeps: int
+    is_patient: bool
+    """Whether to go on until `max_sweeps`, even where nothing moves."""
+    meter: Callable[[Float[Array, ""]], None] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return self.recurrence.num_steps
+
+    def begin(self, ys: Trajectory | None = None) -> Progress:
+        """From `ys`, or else from the guess."""
+        y0, num_steps = self.recurrence.y0, self.num_steps
+        zero = jnp.asarray(0, jnp.int32)
+        num_guessed = jnp.asarray(num_steps, jnp.int32)
+        is_local = self.guess.anew() is self.guess
+        if ys is None and (self.lengths[0] == num_steps or not is_local):
+            ys = self.guess(self.recurrence)
+        if ys is None:
+            ys = jnp.broadcast_to(y0, (num_steps, *y0.shape))
+            num_guessed = zero
+        ys = ys.astype(y0.dtype)
+        return Progress(
+            ys=hold_last_good(y0, ys, is_reasonable(ys)),
+            num_good=zero,
+            num_guessed=num_guessed,
+            largest=_finite(jnp.abs(y0)),
+            num_newton_steps=zero,
+            num_sweeps=jnp.zeros((), y0.dtype),
+            num_windows=zero + 1,
+            num_fallback_steps=zero,
+            residual=jnp.zeros((), y0.dtype),
+            damping=jnp.zeros((), y0.dtype),
+            most_damping=jnp.zeros((), y0.dtype),
+            is_stuck=jnp.asarray(False),
+            rung=zero,
+            entered=zero,
+            mark=zero,
+            since=zero,
+            num_failures=zero,
+            num_trusted=zero,
+        )
+
+    def iterate(self, progress: Progress) -> Progress:
+        """Until all is right, or no window gets on."""
+        return lax.while_loop(self._goes_on, self._iterate, progress)
+
+    def _goes_on(self, progress):
+        return (
+            (progress.num_good < self.num_steps)
+            & ~progress.is_stuck
+            & (progress.rung < len(self.lengths))
+            & (progress.num_sweeps < self.max_sweeps)
+        )
+
+    def _iterate(self, progress):
+        if self.meter is not None:
+            self.meter(progress.num_good / self.num_steps)
+        branches = [
+            lambda p, rung=rung: self._iterate_window(rung, p)
+            for rung in range(len(self.lengths))
+        ]
+        if len(branches) == 1:
+            return branches[0](progress)
+        return lax.switch(progress.rung, branches, progress)
+
+    def _iterate_window(self, rung, progress):
+        length, num_steps = self.lengths[rung], self.num_steps
+        recurrence = self.recurrence
+        if length == num_steps:
+            start = jnp.asarray(0, jnp.int32)
+            part, ys = recurrence, progress.ys
+        else:
+            # What the sizes of states are judged by may begin before the window.
+            start = jnp.maximum(progress.num_good - recurrence.num_before, 0)
+            start = jnp.minimum(start, num_steps - length)
+            progress = self._guess_entering(start + length, length, progress)
+            part = self._part(progress.ys, start, length)
+            ys = lax.dynamic_slice_in_dim(progress.ys, start, length)
+        updated = self.update(part, ys, progress.largest, progress.damping)
+        num_good = jnp.maximum(progress.num_good, start + leading_true(updated.good))
+        steps = start + jnp.arange(length, dtype=jnp.int32)
+        is_new = ((steps >= progress.num_good) & (steps < num_good))[:, None]
+        newly = lambda x: jnp.where(is_new, jnp.abs(x), 0)
+        # The next step, from a state that is right, is not a number: nor is the answer.
+        following = jnp.minimum(num_good - start, length - 1)
+        is_finite = jnp.all(jnp.isfinite(updated.residual[following]))
+        is_stuck = (num_good < start + length) & ~is_finite
+        new_ys = updated.ys
+        if length != num_steps:
+            new_ys = lax.dynamic_update_slice_in_dim(progress.ys, new_ys, start, 0)
+        progress = progress._replace(
+            ys=new_ys,
+            num_good=num_good,
+            largest=jnp.maximum(
+                progress.largest, jnp.max(_finite(newly(updated.ys)), axis=0)
+            ),
+            num_newton_steps=progress.num_newton_steps + 1,
+            num_sweeps=progress.num_sweeps + length / num_steps,
+            residual=jnp.maximum(
+                progress.residual, jnp.max(newly(updated.residual), initial=0)
+            ),
+            damping=updated.damping,
+            most_damping=jnp.maximum(progress.most_damping, updated.damping),
+            is_stuck=is_stuck,
+        )
+        return self._adapt(rung, progress)
+
+    def _adapt(self, rung, progress):
+        """Which window comes next."""
+        if self.is_patient:
+            return progress
+        length, num_good = self.lengths[rung], progress.num_good
+        got_on = num_good - progress.mark >= max(length // _QUARTER, 1)
+        since = jnp.where(got_on, 0, progress.since + 1)
+        num_windows = progress.num_windows + got_on
+        failed = (since >= _PATIENCE) & (num_good < self.num_steps)
+        step = failed.astype(jnp.int32)
+        if rung > 0:
+            proof = self.lengths[rung - 1] * self._backoff(progress)
+            step -= (~failed & (num_good - progress.entered >= proof)).astype(jnp.int32)
+        progress = progress._replace(
+            mark=jnp.where(got_on, num_good, progress.mark),
+            since=since,
+            num_windows=num_windows,
+        )
+        changed = self._enter(rung + step, progress)._replace(
+            num_guessed=jnp.where(failed, num_good, progress.num_guessed),
+            num_failures=progress.num_failures + failed,
+            damping=jnp.where(failed, 0, progress.damping),
+        )
+        return _where(step != 0, changed, progress)
+
+    def _enter(self, rung, progress):
+        num_good = progress.num_good
+        return progress._replace(
+            rung=jnp.asarray(rung, jnp.int32),
+            entered=num_good,
+            mark=num_good,
+            since=jnp.zeros_like(num_good),
+        )
+
+    def _backoff(self, progress):
+        return 2 ** jnp.minimum(progress.num_failures, _MOST_DOUBLINGS)
+
+    def _part(self, ys, start, length):
+        y0 = state_at(self.recurrence.y0, ys, start)
+        return self.recurrence.part(start, length, y0)
+
+    def _guess_entering(self, stop, length, progress):
+        """Guesses at the states before `stop` that have none."""
+
+        def extend(ys):
+            start = jnp.minimum(progress.num_guessed, self.num_steps - length)
+            part = self._part(ys, start, length)
+            guessed = self.guess.anew()(part)
+            guessed = hold_last_good(part.y0, guessed, is_reasonable(guessed))
+            # After a failure perhaps it was the guess that led astray.
+            still = jnp.broadcast_to(part.y0, guessed.shape)
+            guessed = jnp.where(progress.num_failures % 2 == 1, still, guessed)
+            steps = start + jnp.arange(length, dtype=jnp.int32)
+            before = lax.dynamic_slice_in_dim(ys, start, length)
+            is_new = (steps >= progress.num_guessed)[:, None]
+            both = jnp.where(is_new, guessed, before)
+            return lax.dynamic_update_slice_in_dim(ys, both, start, 0)
+
+        return progress._replace(
+            ys=lax.cond(
+                progress.num_guessed < stop, extend, lambda ys: ys, progress.ys
+            ),
+            # What is guessed beyond is guessed again from a better state.
+            num_guessed=jnp.maximum(progress.num_guessed, stop),
+        )
+
+    def check(self, progress: Progress) -> Progress:
+        """Goes back to where the trajectory is none that a sequential solve finds."""
+        is_answer = self.recurrence.is_sequential_answer(progress.ys)
+        if is_answer is None:
+            return progress
+        steps = jnp.arange(self.num_steps, dtype=jnp.int32)
+        is_answer = is_answer | (steps < progress.num_trusted)
+        num_good = jnp.minimum(progress.num_good, leading_true(is_answer))
+        return progress._replace(num_good=num_good)
+
+    def take_steps(self, progress: Progress) -> Progress:
+        """Takes steps one after the other, from the first one that is not right on."""
+        num_good = progress.num_good
+        if self.is_patient:
+            stop = jnp.full_like(num_good, self.num_steps)
+        else:
+            stop = num_good + self.lengths[-1] * self._backoff(progress)
+            is_spent = progress.num_sweeps >= self.max_sweeps
+            stop = jnp.where(is_spent, self.num_steps, stop)
+        # Nothing to do where all is right.
+        stop = jnp.clip(stop, num_good, self.num_steps)
+
+        length = min(self.lengths[-1], _CPU[-1])
+
+        def take(carry):
+            index, ys, largest = carry
+            # A stretch at a time, since a loop that holds all of `ys` copies it.
+            start = jnp.minimum(index, self.num_steps - length)
+
+            def step(y, index):
+                y = self.recurrence.step(index, y)
+                return y, y
+
+            y0 = state_at(self.recurrence.y0, ys, start)
+            steps = start + jnp.arange(length, dtype=jnp.int32)
+            _, taken = lax.scan(step, y0, steps)
+            largest = jnp.maximum(largest, jnp.max(_finite(jnp.abs(taken)), axis=0))
+            ys = lax.dynamic_update_slice_in_dim(ys, taken, start, 0)
+            return start + length, ys, largest
+
+        end, ys, largest = lax.while_loop(
+            lambda carry: carry[0] < stop,
+            take,
+            (num_good, progress.ys, progress.largest),
+        )
+        progress = progress._replace(
+            ys=ys,
+            num_good=end,
+            largest=largest,
+            num_fallback_steps=progress.num_fallback_steps + end - num_good,
+            num_guessed=jnp.where(end > num_good, end, progress.num_guessed),
+            num_failures=progress.num_failures + 1,
+            num_trusted=end,
+            is_stuck=jnp.zeros_like(progress.is_stuck),
+        )
+        return self._enter(len(self.lengths) - 1, progress)
+
+    def run(self, fallback: bool) -> TrajectorySolution:
+        """All the way, or with `fallback=False` as far as it goes."""
+        progress = self.check(self.iterate(self.begin()))
+        if fallback:
+
+            def go_on(progress):
+                return self.check(self.iterate(self.take_steps(progress)))
+
+            progress = lax.while_loop(
+                lambda progress: progress.num_good < self.num_steps, go_on, progress
+            )
+            nonfinite = first_nonfinite_step(progress.ys)
+        else:
+            nonfinite = jnp.where(progress.is_stuck, progress.num_good, -1)
+        if self.meter is not None:
+            self.meter(progress.num_good / self.num_steps)
+        return TrajectorySolution(
+            ys=progress.ys,
+            num_good_steps=progress.num_good,
+            num_newton_steps=progress.num_newton_steps,
+            num_windows=progress.num_windows,
+            num_fallback_steps=progress.num_fallback_steps,
+            residual=progress.residual,
+            damping=progress.most_damping,
+            first_nonfinite_step=nonfinite,
+            is_stuck=progress.is_stuck,
+        )
+
+
+def _finite(x):
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _where(which, yes: Progress, no: Progress) -> Progress:
+    return Progress(*(jnp.where(which, a, b) for a, b in zip(yes, no, strict=True)))
