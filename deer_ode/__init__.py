@@ -11,6 +11,8 @@ from ._damping import (
     Scaled as Scaled,
     Undamped as Undamped,
 )
+from ._diagnose import diagnose as diagnose
+from ._diagnosis import Diagnosis as Diagnosis
 from ._discretisation import (
     AbstractImplicitTerm as AbstractImplicitTerm,
     AveragedExponential as AveragedExponential,

@@ -20,7 +20,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ._affine import apply, scan_from_zero
 from ._blocks import Blocks
@@ -31,6 +31,8 @@ from ._custom_types import Propagators, Trajectory
 # shows that the model can be trusted further. The usual choice.
 _ENOUGH = 1e-3
 _PLENTY = 0.75
+
+_ROUNDING_UNITS = 64
 
 _FIRST = 1e-2
 _FACTOR = 8.0
@@ -59,6 +61,7 @@ class AbstractDamping(eqx.Module):
         residual_at: Callable[[Trajectory], Trajectory],
         size: Trajectory,
         damping: Float[Array, ""],
+        num_good: Int[Array, ""],
     ) -> Correction:
         r"""The damped correction.
 
@@ -67,16 +70,18 @@ class AbstractDamping(eqx.Module):
         - `A`, `residual`: of the iterate.
         - `full`: the undamped correction.
         - `residual_at`: the residual after a correction.
-        - `size`: of the entries of a state, `(1, state)`, by which they are compared.
+        - `size`: of the entries of a state, `(1, state)`, by which they are compared;
+            nowhere zero.
         - `damping`: $\lambda$ as the last iteration left it, zero at first.
+        - `num_good`: how many steps are right.
         """
 
 
 class Undamped(AbstractDamping):
     """Newton's method as it is."""
 
-    def __call__(self, A, residual, full, residual_at, size, damping):
-        del A, residual, residual_at, size
+    def __call__(self, A, residual, full, residual_at, size, damping, num_good):
+        del A, residual, residual_at, size, num_good
         return Correction(full, damping)
 
 
@@ -105,8 +110,8 @@ class Scaled(AbstractDamping):
                 f"`Scaled(factor)` must be between 0 and 1; got {self.factor!r}."
             )
 
-    def __call__(self, A, residual, full, residual_at, size, damping):
-        del full, residual_at, size
+    def __call__(self, A, residual, full, residual_at, size, damping, num_good):
+        del full, residual_at, size, num_good
         scaled = jtu.tree_map(lambda a: jnp.asarray(self.factor, a.dtype) * a, A)
         return Correction(scan_from_zero(scaled, residual), damping)
 
@@ -131,8 +136,8 @@ class LevenbergMarquardt(AbstractDamping):
     of squared residuals falls; where it does not, or falls by less than a thousandth of
     what the linear model predicts, $\lambda$ is raised eightfold and the same
     linearisation is used again; where it falls by three quarters or more, $\lambda$ is
-    lowered eightfold. The first state of a solve that is not right yet is always set
-    right, so that every iteration gets on.
+    lowered eightfold. Where no
+    $\lambda$ helps, the first state that is not right is set right.
 
     ??? cite "References"
 
@@ -145,16 +150,22 @@ class LevenbergMarquardt(AbstractDamping):
         Moré (1978), *The Levenberg--Marquardt algorithm: implementation and theory*.
     """
 
-    def __call__(self, A, residual, full, residual_at, size, damping):
+    def __call__(self, A, residual, full, residual_at, size, damping, num_good):
         before = _merit(residual, size)
+        # Rounding does not fall.
+        eps = float(jnp.finfo(residual.dtype).eps)
+        noise = _ROUNDING_UNITS * eps * residual.size**0.5
 
         def attempt(carry):
             trial, lam, _, _ = carry
-            delta = jnp.where(lam > 0, smooth(A, residual, lam, size), full)
-            left = _merit(_linear_residual(A, residual, delta), size)
-            ratio = (before - _merit(residual_at(delta), size)) / (before - left)
+            delta = lax.cond(
+                lam > 0, lambda: smooth(A, residual, lam, size), lambda: full
+            )
+            predicted = _merit(_linear_residual(A, residual, delta), size)
+            after = _merit(residual_at(delta), size)
+            ratio = (before**2 - after**2) / (before**2 - predicted**2)
             # Written so that NaN is no success.
-            fine = (ratio >= _ENOUGH) | (before == 0)
+            fine = (ratio >= _ENOUGH) | (after <= noise)
             raised = jnp.maximum(lam * _FACTOR, _FIRST)
             lowered = jnp.where(lam <= _FIRST, 0, lam / _FACTOR)
             following = jnp.where(
@@ -167,9 +178,10 @@ class LevenbergMarquardt(AbstractDamping):
             attempt,
             (jnp.asarray(0, jnp.int32), damping, full, jnp.asarray(False)),
         )
-        # Nothing helps: the first state is set right, and that is all.
-        first = jnp.zeros_like(full).at[0].set(residual[0])
-        return Correction(jnp.where(fine, delta, first), damping)
+        # Nothing helps: one more state is set right, and that is all.
+        steps = jnp.arange(residual.shape[0], dtype=jnp.int32)
+        one_more = jnp.where((steps == num_good)[:, None], residual, 0)
+        return Correction(jnp.where(fine, delta, one_more), damping)
 
 
 def _merit(residual: Trajectory, size: Trajectory) -> Float[Array, ""]:
@@ -231,8 +243,6 @@ def _transposed(M):
 
 def _smooth_dense(A, r, lam, size):
     """For matrices `(steps, *batch, n, n)` and vectors `(steps, *batch, n)`."""
-    # A unit of measurement that is zero would make everything zero by it infinite.
-    size = jnp.where(size > 0, size, 1)
     A = A * size[..., None, :] / size[..., :, None]
     r = r / size
     eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)

@@ -10,13 +10,23 @@ in $\dot\theta$ and JAX can transpose it, so this one rule gives forward and rev
 derivatives of every order. Nothing of the iterations is stored.
 """
 
+from typing import Any
+
 import equinox as eqx
+import jax.lax as lax
 import jax.tree_util as jtu
 
 from ._affine import affine_solve
+from ._custom_types import Trajectory
 from ._linearisation import Dense
 from ._method import AbstractMethod, TrajectorySolution
 from ._recurrence import AbstractRecurrence, Recurrence
+
+
+# On two cores the Jacobians of a GRU, a tangent for each entry, take 0.4 of the time of
+# back-propagation from step to step with 16 entries, 1.6 times it with 32 and twelve
+# times with 64 (10,000 steps).
+_LARGE = 24
 
 
 @eqx.filter_custom_jvp
@@ -38,18 +48,27 @@ def _solve_jvp(primals, tangents):
     ys = solution.ys
     # What the forward pass used may have been cheaper; a derivative needs all of it.
     exact = recurrence.choose(method.exact_linearisation)
-    num_steps, state_size = ys.shape
-    if (
-        isinstance(recurrence, Recurrence)
-        and isinstance(exact, Dense)
-        and exact.num_bytes(num_steps, state_size, ys.dtype) > exact.max_bytes
-    ):
-        t_ys = recurrence.sequential_response(ys, t_recurrence)
-    else:
-        exact.check_size(num_steps, state_size, ys.dtype)
-        A, b = recurrence.linear_response(ys, t_recurrence, exact)
-        t_ys = affine_solve(A, b)
+    t_ys = _response(recurrence, exact, ys, t_recurrence)
     return solution, t_solution._replace(ys=t_ys)
+
+
+def _response(recurrence: AbstractRecurrence, exact, ys: Trajectory, tangent: Any):
+    """How the solution `ys` answers a change of the leaves of `recurrence`."""
+    num_steps, state_size = ys.shape
+
+    def at_once():
+        exact.check_size(num_steps, state_size, ys.dtype)
+        A, b = recurrence.linear_response(ys, tangent, exact)
+        return affine_solve(A, b)
+
+    if not isinstance(recurrence, Recurrence) or not isinstance(exact, Dense):
+        return at_once()
+    in_turn = lambda: recurrence.sequential_response(ys, tangent)
+    if exact.num_bytes(num_steps, state_size, ys.dtype) > exact.max_bytes:
+        return in_turn()
+    if state_size < _LARGE:
+        return at_once()
+    return lax.platform_dependent(cpu=in_turn, default=at_once)
 
 
 def solve_trajectory(

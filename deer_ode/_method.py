@@ -107,7 +107,10 @@ def solve_sequentially(recurrence: AbstractRecurrence) -> TrajectorySolution:
         y = recurrence.step(index, y)
         return y, y
 
-    ys = lax.scan(step, y0, jnp.arange(num_steps, dtype=jnp.int32))[1]
+    if num_steps == 0:
+        ys = jnp.zeros((0, *y0.shape), y0.dtype)
+    else:
+        ys = lax.scan(step, y0, jnp.arange(num_steps, dtype=jnp.int32))[1]
     count = jnp.asarray(num_steps, jnp.int32)
     none = jnp.zeros_like(count)
     zero = jnp.zeros((), y0.dtype)

@@ -118,6 +118,11 @@ def hold_last_good(
     return jnp.where((steps < count)[:, None], ys, state_at(y0, ys, count))
 
 
+def finite(x: Array) -> Array:
+    """Zero for what is not a finite number."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
 def is_reasonable(ys: Trajectory) -> Bool[Array, " steps"]:
     """Which states are finite and far from overflow.
 

@@ -22,11 +22,11 @@ import optimistix as optx
 from jaxtyping import Array
 
 from ._affine import scan_from_zero
-from ._custom_types import Trajectory
+from ._custom_types import State, Trajectory
 from ._damping import AbstractDamping, Undamped
 from ._linearisation import AbstractLinearisation, Dense, Exact
 from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
-from ._misc import hold_last_good, is_reasonable
+from ._misc import finite, hold_last_good, is_reasonable, leading_true
 from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractRecurrence
 from ._window import March, Progress, Updated, Window
@@ -150,7 +150,7 @@ class Newton(AbstractMethod):
         return March(
             recurrence,
             self.guess,
-            ft.partial(self._update, linearisation),
+            ft.partial(self.update, linearisation),
             lengths,
             self.newton_max_steps,
             is_patient,
@@ -183,7 +183,17 @@ class Newton(AbstractMethod):
         bound = jnp.sqrt(eps) / 4 * largest + floor + jnp.finfo(ys.dtype).tiny
         return jnp.all(jnp.abs(correction) <= bound, axis=-1)
 
-    def _update(self, linearisation, recurrence, ys, largest, damping) -> Updated:
+    def update(
+        self,
+        linearisation: AbstractLinearisation,
+        recurrence: AbstractRecurrence,
+        ys: Trajectory,
+        largest: State,
+        damping: Array,
+    ) -> Updated:
+        """One iteration. `largest` is what each entry was at most before the steps of
+        `recurrence`, and `damping` what the last iteration left.
+        """
         residual, A, defect, size = recurrence.linearise(ys, linearisation)
         error = jax.vmap(self.norm)(defect / self._tolerance(recurrence, size))
         correction = scan_from_zero(A, residual)
@@ -193,18 +203,21 @@ class Newton(AbstractMethod):
             & self._is_small(recurrence, correction, ys, largest)
             & is_reasonable(ys + correction)
         )
+        values = jnp.maximum(jnp.abs(ys), jnp.abs(ys + residual))
+        size = jnp.maximum(jnp.max(finite(values), axis=0), largest)
         delta, damping = self.damping(
             A,
             residual,
             correction,
             lambda delta: recurrence.linearise(ys + delta, linearisation).residual,
-            jnp.maximum(jnp.max(jnp.abs(ys), axis=0), largest)[None],
+            jnp.where(size > 0, size, 1)[None],
             damping,
+            leading_true(good),
         )
         # What is right already gets all of its correction.
         corrected = ys + jnp.where(good[:, None], correction, delta)
         corrected = hold_last_good(recurrence.y0, corrected, is_reasonable(corrected))
-        return Updated(corrected, good, residual, damping)
+        return Updated(corrected, good, residual, error, damping)
 
 
 Newton.__init__.__doc__ = """**Arguments:**

@@ -238,7 +238,10 @@ def _one_of(xs):
     return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
 
 
-def _solve_carries(f, init, xs, num_steps: int, method: AbstractMethod):
+def make_recurrence(
+    f: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any, num_steps: int
+) -> Recurrence:
+    """What `jax.lax.scan` takes, as a recurrence of flat vectors."""
     flattener = StateFlattener(init)
     y0 = flattener.flatten(init)
     # The second input counts the steps where `xs` holds nothing.
@@ -248,13 +251,17 @@ def _solve_carries(f, init, xs, num_steps: int, method: AbstractMethod):
         carry, _ = f(flattener.unflatten(y), inputs[0])
         return flattener.flatten(carry)
 
-    recurrence = Recurrence(step, y0, inputs, flattener)
+    return Recurrence(step, y0, inputs, flattener)
+
+
+def _solve_carries(f, init, xs, num_steps: int, method: AbstractMethod):
+    recurrence = make_recurrence(f, init, xs, num_steps)
     solution = solve_trajectory(recurrence, method)
     ys = solution.ys
     if not method.fallback:
         steps = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
         ys = jnp.where(steps < solution.num_good_steps, ys, jnp.inf)
-    return jax.vmap(flattener.unflatten)(ys), solution
+    return jax.vmap(recurrence.flattener.unflatten)(ys), solution
 
 
 def _outputs(f, init, xs, carries, structure):

@@ -17,13 +17,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._custom_types import State, Trajectory
 from ._method import TrajectorySolution, first_nonfinite_step
-from ._misc import hold_last_good, is_reasonable, leading_true, state_at
+from ._misc import finite, hold_last_good, is_reasonable, leading_true, state_at
 from ._predictor import AbstractPredictor
 from ._recurrence import AbstractRecurrence
 
 
-# So many iterations to get on by a quarter of a window. Newton's method takes three to
-# five from a good guess, and two or three per window once it moves.
+# So many iterations to get on by a quarter of a window, or to halve the residual.
+# Newton's method takes three to five from a good guess, and two or three per window
+# once it moves.
 _PATIENCE = 8
 _QUARTER = 4
 
@@ -39,11 +40,11 @@ class Window(eqx.Module):
 
     A window begins at the first step that is not right yet and moves on as steps become
     right. States that enter it are guessed from the end of the window as it is then, by
-    the method's own predictor. If it has not moved on by a quarter of its length in 8
-    iterations, a shorter window takes over; if the shortest one fails, as many steps as
-    it is long are taken sequentially. After a failure the longer window is tried again
-    once the shorter one has covered the length of it, the next time twice that, and so
-    on, so that trying costs little where it is in vain.
+    the method's own predictor. If it has neither moved on by a quarter of its length
+    nor halved the residual in 8 iterations, a shorter window takes over; if the
+    shortest one fails, as many steps as it is long are taken sequentially. After a
+    failure the longer window is tried again once the shorter one has covered its
+    length, the next time twice that, and so on, so that trying in vain costs little.
 
     ??? cite "References"
 
@@ -93,6 +94,8 @@ class Updated(NamedTuple):
     ys: Trajectory
     good: Bool[Array, " steps"]
     residual: Trajectory
+    error: Float[Array, " steps"]
+    """The residual of each step, in units of its tolerance."""
     damping: Float[Array, ""]
 
 
@@ -119,9 +122,11 @@ class Progress(NamedTuple):
     entered: Int[Array, ""]
     """Where this window was begun with."""
     mark: Int[Array, ""]
-    """Where the window last got on by a quarter of its length,"""
+    """Where the window last got on by a quarter of its length."""
+    lowest: Float[Array, ""]
+    """The last error that was half of the one before it."""
     since: Int[Array, ""]
-    """and how many iterations ago that was."""
+    """How many iterations ago one or the other was."""
     num_failures: Int[Array, ""]
     num_trusted: Int[Array, ""]
     """How many states need not be checked: sequential steps end there."""
@@ -161,7 +166,7 @@ class March:
             ys=hold_last_good(y0, ys, is_reasonable(ys)),
             num_good=zero,
             num_guessed=num_guessed,
-            largest=_finite(jnp.abs(y0)),
+            largest=finite(jnp.abs(y0)),
             num_newton_steps=zero,
             num_sweeps=jnp.zeros((), y0.dtype),
             num_windows=zero + 1,
@@ -173,6 +178,7 @@ class March:
             rung=zero,
             entered=zero,
             mark=zero,
+            lowest=jnp.asarray(jnp.inf, y0.dtype),
             since=zero,
             num_failures=zero,
             num_trusted=zero,
@@ -230,7 +236,7 @@ class March:
             ys=new_ys,
             num_good=num_good,
             largest=jnp.maximum(
-                progress.largest, jnp.max(_finite(newly(updated.ys)), axis=0)
+                progress.largest, jnp.max(finite(newly(updated.ys)), axis=0)
             ),
             num_newton_steps=progress.num_newton_steps + 1,
             num_sweeps=progress.num_sweeps + length / num_steps,
@@ -241,16 +247,18 @@ class March:
             most_damping=jnp.maximum(progress.most_damping, updated.damping),
             is_stuck=is_stuck,
         )
-        return self._adapt(rung, progress)
+        return self._adapt(rung, progress, jnp.max(updated.error))
 
-    def _adapt(self, rung, progress):
+    def _adapt(self, rung, progress, error):
         """Which window comes next."""
         if self.is_patient:
             return progress
         length, num_good = self.lengths[rung], progress.num_good
         got_on = num_good - progress.mark >= max(length // _QUARTER, 1)
-        since = jnp.where(got_on, 0, progress.since + 1)
-        num_windows = progress.num_windows + got_on
+        # Written so that NaN is no improvement.
+        improves = error <= progress.lowest / 2
+        since = jnp.where(got_on | improves, 0, progress.since + 1)
+        num_windows = progress.num_windows + got_on.astype(jnp.int32)
         failed = (since >= _PATIENCE) & (num_good < self.num_steps)
         step = failed.astype(jnp.int32)
         if rung > 0:
@@ -258,12 +266,15 @@ class March:
             step -= (~failed & (num_good - progress.entered >= proof)).astype(jnp.int32)
         progress = progress._replace(
             mark=jnp.where(got_on, num_good, progress.mark),
+            lowest=jnp.where(
+                got_on, jnp.inf, jnp.where(improves, error, progress.lowest)
+            ),
             since=since,
             num_windows=num_windows,
         )
         changed = self._enter(rung + step, progress)._replace(
             num_guessed=jnp.where(failed, num_good, progress.num_guessed),
-            num_failures=progress.num_failures + failed,
+            num_failures=progress.num_failures + failed.astype(jnp.int32),
             damping=jnp.where(failed, 0, progress.damping),
         )
         return _where(step != 0, changed, progress)
@@ -274,11 +285,12 @@ class March:
             rung=jnp.asarray(rung, jnp.int32),
             entered=num_good,
             mark=num_good,
+            lowest=jnp.full_like(progress.lowest, jnp.inf),
             since=jnp.zeros_like(num_good),
         )
 
     def _backoff(self, progress):
-        return 2 ** jnp.minimum(progress.num_failures, _MOST_DOUBLINGS)
+        return jnp.left_shift(1, jnp.minimum(progress.num_failures, _MOST_DOUBLINGS))
 
     def _part(self, ys, start, length):
         y0 = state_at(self.recurrence.y0, ys, start)
@@ -345,7 +357,7 @@ class March:
             y0 = state_at(self.recurrence.y0, ys, start)
             steps = start + jnp.arange(length, dtype=jnp.int32)
             _, taken = lax.scan(step, y0, steps)
-            largest = jnp.maximum(largest, jnp.max(_finite(jnp.abs(taken)), axis=0))
+            largest = jnp.maximum(largest, jnp.max(finite(jnp.abs(taken)), axis=0))
             ys = lax.dynamic_update_slice_in_dim(ys, taken, start, 0)
             return start + length, ys, largest
 
@@ -393,10 +405,6 @@ class March:
             first_nonfinite_step=nonfinite,
             is_stuck=progress.is_stuck,
         )
-
-
-def _finite(x):
-    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _where(which, yes: Progress, no: Progress) -> Progress:

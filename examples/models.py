@@ -65,7 +65,7 @@ class VibrationClassifier(eqx.Module):
     classifier: ResidualClassifier
 
     def __call__(
-        self, xs, *, length=None, method=deer_ode.Newton(), guess=None, key=None
+        self, xs, *, length=None, method=deer_ode.Auto(), guess=None, key=None
     ) -> Classification:
         guesses = (None, None) if guess is None else guess
         front = self.resonators.solve(

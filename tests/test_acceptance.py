@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deer_ode import DEER, diffeqsolve, scan
+from deer_ode import DEER, Newton, diffeqsolve, scan
 
 
 def _unequal(c, x):
@@ -48,8 +48,8 @@ CASES = {
 def test_answer_is_the_sequential_one(name):
     step, init, xs, error = CASES[name]
     f = lambda c, x: (step(c, x),) * 2
-    _, actual = jax.jit(lambda: scan(f, init, xs))()
-    _, expected = jax.jit(lambda: lax.scan(f, init, xs))()
+    _, actual = jax.jit(lambda: scan(f, init, xs, method=Newton()))()
+    _, expected = jax.jit(lambda: lax.scan(f, init, xs, method=Newton()))()
     actual, expected = (np.asarray(y, np.float64) for y in (actual, expected))
     np.testing.assert_allclose(actual, expected, rtol=0, atol=error)
 
@@ -65,7 +65,7 @@ def test_gradient_past_an_infinite_derivative():
 
 def test_differential_equation_from_an_infinite_derivative():
     term = diffrax.ODETerm(lambda t, y, args: jnp.sqrt(y - 1) + 0.5)
-    args = (term, DEER(diffrax.Euler()), 0.0, 1.0, 0.1, jnp.array(1.0))
+    args = (term, DEER(diffrax.Euler(), Newton()), 0.0, 1.0, 0.1, jnp.array(1.0))
     sol = diffeqsolve(*args)
     expected = diffrax.diffeqsolve(term, diffrax.Euler(), *args[2:])
     np.testing.assert_allclose(sol.ys, expected.ys, rtol=1e-13)

@@ -35,7 +35,7 @@ from .helpers import (
 
 TERM = diffrax.ODETerm(lotka_volterra)
 Y0 = jnp.array([10.0, 5.0])
-TSIT5 = DEER(diffrax.Tsit5())
+TSIT5 = DEER(diffrax.Tsit5(), Newton())
 
 
 def run(door, solver=None, t0=0.0, t1=3.0, dt0=0.1, y0=Y0, args=None, term=TERM, **kw):
@@ -163,7 +163,7 @@ def test_step_to(door):
 @pytest.mark.parametrize("num_substeps", (1, 6))
 def test_windows_under_pid_control(num_substeps):
     """Steps are rejected, a tolerance is kept, and the answer is the equation's."""
-    solver = DEER(diffrax.Tsit5(), num_substeps=num_substeps)
+    solver = DEER(diffrax.Tsit5(), Newton(), num_substeps)
     controller = diffrax.PIDController(rtol=1e-8, atol=1e-8)
     mu = jnp.asarray(5.0)
     y0 = jnp.array([2.0, 0.0])
@@ -590,7 +590,7 @@ def test_other_solvers_go_to_diffrax():
     sol = diffeqsolve(TERM, diffrax.Tsit5(), 0.0, 3.0, 0.1, Y0, args)
     assert_same_solution(sol, expected, 0.0)
     windows = diffeqsolve(
-        TERM, DEER(diffrax.Tsit5(), num_substeps=5), 0.0, 3.0, 0.5, Y0, args
+        TERM, DEER(diffrax.Tsit5(), Newton(), 5), 0.0, 3.0, 0.5, Y0, args
     )
     assert_close(windows.ys, expected.ys, rounding())
     # Without num_substeps and without ParallelAdjoint: the base solver, step by step.

@@ -17,6 +17,7 @@ import pytest
 from deer_ode import (
     DEER,
     BlanesMoan4,
+    Newton,
     ParallelAdjoint,
     StormerVerlet,
     Yoshida4,
@@ -269,16 +270,19 @@ def value_and_grad(solve, solver, dt0=0.05, **kwargs):
 def test_parallel_agrees_with_stock(name):
     solver, _ = METHODS[name]
     expected = value_and_grad(diffrax.diffeqsolve, solver)
-    assert_close(value_and_grad(diffeqsolve, DEER(solver)), expected, rounding())
+    assert_close(
+        value_and_grad(diffeqsolve, DEER(solver, Newton())), expected, rounding()
+    )
     if name != "StormerVerlet":  # the other ways in know nothing of the method
         return
     adjoint = value_and_grad(
-        diffrax.diffeqsolve, DEER(solver), adjoint=ParallelAdjoint(), max_steps=42
+        diffrax.diffeqsolve,
+        DEER(solver, Newton()),
+        adjoint=ParallelAdjoint(),
+        max_steps=42,
     )
     assert_close(adjoint, expected, rounding(), what="adjoint")
-    windows = value_and_grad(
-        diffrax.diffeqsolve, DEER(solver, num_substeps=5), dt0=0.25
-    )
+    windows = value_and_grad(diffrax.diffeqsolve, DEER(solver, Newton(), 5), dt0=0.25)
     assert_close(windows, expected, rounding(), what="windows")
 
 
@@ -293,7 +297,7 @@ def test_float32():
 
     expected = run(diffrax.diffeqsolve, solver)
     assert jax.tree_util.tree_leaves(expected)[0].dtype == f32
-    assert_close(run(diffeqsolve, DEER(solver)), expected, rounding(f32))
+    assert_close(run(diffeqsolve, DEER(solver, Newton())), expected, rounding(f32))
 
 
 def test_gradient_of_the_energy():
@@ -303,7 +307,7 @@ def test_gradient_of_the_energy():
     @jax.jit
     def loss(scale):
         start = (scale * y0[0], y0[1])
-        sol = diffeqsolve(terms, DEER(StormerVerlet()), 0.0, 5.0, 0.1, start)
+        sol = diffeqsolve(terms, DEER(StormerVerlet(), Newton()), 0.0, 5.0, 0.1, start)
         return jnp.sum(sol.ys[0] ** 3)
 
     eps = 1e-5
@@ -357,7 +361,7 @@ def test_energy_over_a_hundred_thousand_steps(name, dt):
         saveat = diffrax.SaveAt(steps=True)
         return solve(terms, solver, 0.0, t1, dt, y0, saveat=saveat, **kwargs)
 
-    parallel = run(diffeqsolve, DEER(solver))
+    parallel = run(diffeqsolve, DEER(solver, Newton()))
     sequential = run(diffrax.diffeqsolve, solver, max_steps=num_steps)
     assert int(parallel.stats["num_steps"]) == num_steps
     # It was the parallel iteration that found this.
@@ -393,7 +397,7 @@ def test_energy_is_lost_by_other_methods():
         lambda t, y, args: (terms[0].vf(t, y[1], args), terms[1].vf(t, y[0], args))
     )
     sol = diffeqsolve(
-        system, DEER(diffrax.Bosh3()), 0.0, 1000.0, 0.05, y0,
+        system, DEER(diffrax.Bosh3(), Newton()), 0.0, 1000.0, 0.05, y0,
         saveat=diffrax.SaveAt(steps=True),
     )  # fmt: skip
     error = pendulum_energy(sol.ys) - pendulum_energy(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._newton import Newton
+from .._auto import Auto
 from ._layer import AbstractRecurrentLayer, as_mask, fill_padding, together
 
 
@@ -184,7 +184,7 @@ class ResidualClassifier(eqx.Module):
         *,
         length=None,
         mask=None,
-        method=Newton(),
+        method=Auto(),
         guess: PyTree = None,
         key: PRNGKeyArray | None = None,
     ) -> Classification:

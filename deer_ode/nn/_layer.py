@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._newton import Newton
-from .._scan import RecurrenceSolution, Sequential, solve_recurrence
+from .._auto import Auto
+from .._method import AbstractMethod
+from .._scan import RecurrenceSolution, solve_recurrence
 
 
 class AbstractRecurrentLayer(eqx.Module):
@@ -29,7 +30,7 @@ class AbstractRecurrentLayer(eqx.Module):
         *,
         length: int | Int[Array, ""] | None = None,
         mask: Bool[Array, " steps"] | None = None,
-        method: Newton | Sequential = Newton(),
+        method: AbstractMethod = Auto(),
         guess: PyTree = None,
     ) -> RecurrenceSolution:
         """The sequence, and how it was found.
@@ -40,7 +41,8 @@ class AbstractRecurrentLayer(eqx.Module):
         - `length`: how many steps there are really; what comes after is padding, which
             leaves the state as it is and may hold anything, even what is not a number.
         - `mask`: the same, step by step: true where there is an input.
-        - `method`: [`deer_ode.Newton`][] or [`deer_ode.Sequential`][].
+        - `method`: [`deer_ode.Auto`][], [`deer_ode.Newton`][] or
+            [`deer_ode.Sequential`][].
         - `guess`: `carries` of an earlier solve, to start from.
 
         **Returns:**
@@ -82,7 +84,7 @@ def solve_masked(
     mask: Bool[Array, " steps"] | None,
     *,
     reverse: bool,
-    method: Newton | Sequential,
+    method: AbstractMethod,
     guess: PyTree,
 ) -> RecurrenceSolution:
     """The states of a cell, `(state, x) -> state`; `ys` are the states.

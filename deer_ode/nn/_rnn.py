@@ -12,7 +12,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._newton import Newton
+from .._auto import Auto
 from .._scan import RecurrenceSolution
 from ._cells import LEMCell
 from ._layer import (
@@ -75,7 +75,7 @@ class RNN(AbstractRecurrentLayer):
             raise ValueError("`init` must hold vectors; got a number.")
         self.out_size = first.shape[-1]
 
-    def solve(self, xs, *, length=None, mask=None, method=Newton(), guess=None):
+    def solve(self, xs, *, length=None, mask=None, method=Auto(), guess=None):
         """As [`deer_ode.nn.AbstractRecurrentLayer`][]. Outputs are the states; of the
         two states of an LSTM or LEM, the first.
         """
@@ -210,7 +210,7 @@ class MultiHeadGRU(AbstractRecurrentLayer):
         self.reverse = reverse
         self.out_size = num_heads * head_size
 
-    def solve(self, xs, *, length=None, mask=None, method=Newton(), guess=None):
+    def solve(self, xs, *, length=None, mask=None, method=Auto(), guess=None):
         """As [`deer_ode.nn.AbstractRecurrentLayer`][]. States are told apart by their
         strides.
         """
@@ -323,7 +323,7 @@ class Bidirectional(AbstractRecurrentLayer):
     def out_size(self) -> int:
         return self.forward.out_size + self.backward.out_size
 
-    def solve(self, xs, *, length=None, mask=None, method=Newton(), guess=None):
+    def solve(self, xs, *, length=None, mask=None, method=Auto(), guess=None):
         """As [`deer_ode.nn.AbstractRecurrentLayer`][]; outputs are those of both, one
         after the other, and `carries` a pair.
         """
