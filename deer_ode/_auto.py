@@ -65,6 +65,9 @@ class Auto(AbstractMethod):
     def start_from(self, guess):
         return eqx.tree_at(lambda m: m.newton, self, self.newton.start_from(guess))
 
+    def report_to(self, meter):
+        return Auto(self.newton.report_to(meter))
+
     def solve(self, recurrence):
         if not isinstance(recurrence, AbstractMapRecurrence):
             return self.newton.solve(recurrence)

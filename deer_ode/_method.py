@@ -79,6 +79,11 @@ class AbstractMethod(eqx.Module):
         del guess
         return self
 
+    def report_to(self, meter: Any) -> "AbstractMethod":
+        """The same method, telling a progress meter how far it is, if it can."""
+        del meter
+        return self
+
     def result(
         self, solution: TrajectorySolution, num_steps: int | Int[Array, ""]
     ) -> optx.RESULTS:

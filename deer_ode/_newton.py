@@ -11,8 +11,10 @@ of error. After $k$ iterations the first $k$ states are exact whatever the finit
 $A_i$, so there is always progress, and what is left over can be finished sequentially.
 """
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -82,6 +84,7 @@ class Newton(AbstractMethod):
     fallback: bool = eqx.field(static=True, default=True)
     damping: AbstractDamping = Undamped()
     window: Window | None = Window()
+    progress_meter: Any = None
 
     def __check_init__(self):
         if not isinstance(self.linearisation, AbstractLinearisation):
@@ -93,6 +96,16 @@ class Newton(AbstractMethod):
             raise ValueError(
                 "`Newton(guess=...)` must be a predictor: `Coarse()`, `Constant()` or "
                 f"`Trajectory(ys)`; got {type(self.guess).__name__}."
+            )
+        if not isinstance(self.damping, AbstractDamping):
+            raise ValueError(
+                "`Newton(damping=...)` must be `Undamped()`, `LevenbergMarquardt()` or "
+                f"`Scaled(factor)`; got {self.damping!r}."
+            )
+        if not (self.window is None or isinstance(self.window, Window)):
+            raise ValueError(
+                "`Newton(window=...)` must be `Window(length)`, or `None` for the "
+                f"whole interval at once; got {self.window!r}."
             )
         if self.newton_max_steps < 1:
             raise ValueError(
@@ -113,6 +126,9 @@ class Newton(AbstractMethod):
 
     def start_from(self, guess):
         return eqx.tree_at(lambda method: method.guess, self, guess)
+
+    def report_to(self, meter):
+        return dataclasses.replace(self, progress_meter=meter)
 
     def solve(
         self, recurrence: AbstractRecurrence, is_cpu: bool | None = None
@@ -154,6 +170,7 @@ class Newton(AbstractMethod):
             lengths,
             self.newton_max_steps,
             is_patient,
+            self.progress_meter,
         )
 
     def _tolerance(self, recurrence, size):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from diffrax._integrate import State
 from diffrax._misc import linear_rescale
+from jaxtyping import Array, PyTree
 
 from ._discretisation import Grid, discretise, tracing_steps
 from ._implicit import solve_trajectory
@@ -112,24 +113,20 @@ def _first_event(event, state: State, grid: Grid, ys, args, event_kwargs):
     return values, jtu.tree_unflatten(structure, exclusive), had_event
 
 
-def _show_progress(progress_meter, meter_state, grid: Grid, t0, t1, num_steps):
-    """Tells the meter of every step, as Diffrax's loop would."""
-    if isinstance(progress_meter, diffrax.NoProgressMeter):
-        return meter_state
-    tnext, t0, t1 = lax.stop_gradient((grid.tnext, t0, t1))
+class _RunningMeter(diffrax.AbstractProgressMeter):
+    """A meter that Diffrax has begun with, and will close."""
 
-    def step(carry):
-        index, meter_state = carry
-        fraction = linear_rescale(t0, tnext[index], t1)
-        return index + 1, progress_meter.step(meter_state, fraction)
+    meter: diffrax.AbstractProgressMeter
+    state: PyTree[Array]
 
-    _, meter_state = eqxi.while_loop(
-        lambda carry: carry[0] < num_steps,
-        step,
-        (jnp.zeros_like(num_steps), meter_state),
-        kind="lax",
-    )
-    return meter_state
+    def init(self):
+        return self.state
+
+    def step(self, state, progress):
+        return self.meter.step(state, progress)
+
+    def close(self, state):
+        del state
 
 
 def _all_steps(
@@ -154,6 +151,10 @@ def _all_steps(
     if guess is not None and guess.shape[0] > 0:
         predictor = Trajectory(jax.vmap(StateFlattener(state.y).unflatten)(guess))
         method = method.start_from(predictor)
+    meter_state = state.progress_meter_state
+    shows_progress = not isinstance(progress_meter, diffrax.NoProgressMeter)
+    if shows_progress:
+        method = method.report_to(_RunningMeter(progress_meter, meter_state))
     discretised = discretise(solver.solver, terms, grid, state.y, args)
     recurrence = discretised.recurrence
     solution = solve_trajectory(recurrence, method)
@@ -230,6 +231,10 @@ def _all_steps(
             dense_save_index=num_made,
         )
     tprev = at_last(grid.tnext, state.tprev)
+    if shows_progress:
+        fraction = linear_rescale(*lax.stop_gradient((t0, tprev, t1)))
+        fraction = fraction.astype(jnp.result_type(float))
+        meter_state = progress_meter.step(meter_state, fraction)
     made_jump = state.made_jump
     if not isinstance(made_jump, bool):
         made_jump = made_jump & ~made_any  # neither controller makes jumps
@@ -249,9 +254,7 @@ def _all_steps(
             state.solver_state.num_newton_steps + solution.num_newton_steps,
         ),
         controller_state=_controller_state(controller, state, num_made),
-        progress_meter_state=_show_progress(
-            progress_meter, state.progress_meter_state, grid, t0, t1, num_steps
-        ),
+        progress_meter_state=meter_state,
         result=result,
         num_steps=state.num_steps + num_made,
         num_accepted_steps=state.num_accepted_steps + num_made,

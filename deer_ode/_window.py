@@ -8,12 +8,13 @@ right yet, so nothing is solved for twice.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._custom_types import State, Trajectory
 from ._method import TrajectorySolution, first_nonfinite_step
@@ -130,6 +131,8 @@ class Progress(NamedTuple):
     num_failures: Int[Array, ""]
     num_trusted: Int[Array, ""]
     """How many states need not be checked: sequential steps end there."""
+    meter: PyTree[Array]
+    """The state of the progress meter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,8 @@ class March:
     max_sweeps: int
     is_patient: bool
     """Whether to go on until `max_sweeps`, even where nothing moves."""
-    meter: Callable[[Float[Array, ""]], None] | None = None
+    meter: Any = None
+    """A progress meter as Diffrax has them, or `None`."""
 
     @property
     def num_steps(self) -> int:
@@ -182,11 +186,19 @@ class March:
             since=zero,
             num_failures=zero,
             num_trusted=zero,
+            meter=None if self.meter is None else self.meter.init(),
         )
 
     def iterate(self, progress: Progress) -> Progress:
         """Until all is right, or no window gets on."""
         return lax.while_loop(self._goes_on, self._iterate, progress)
+
+    def _show(self, progress):
+        if self.meter is None:
+            return progress
+        # Diffrax's meters keep a Python number's dtype.
+        fraction = progress.num_good.astype(jnp.result_type(float)) / self.num_steps
+        return progress._replace(meter=self.meter.step(progress.meter, fraction))
 
     def _goes_on(self, progress):
         return (
@@ -197,8 +209,7 @@ class March:
         )
 
     def _iterate(self, progress):
-        if self.meter is not None:
-            self.meter(progress.num_good / self.num_steps)
+        progress = self._show(progress)
         branches = [
             lambda p, rung=rung: self._iterate_window(rung, p)
             for rung in range(len(self.lengths))
@@ -393,7 +404,7 @@ class March:
         else:
             nonfinite = jnp.where(progress.is_stuck, progress.num_good, -1)
         if self.meter is not None:
-            self.meter(progress.num_good / self.num_steps)
+            self.meter.close(self._show(progress).meter)
         return TrajectorySolution(
             ys=progress.ys,
             num_good_steps=progress.num_good,
@@ -408,4 +419,4 @@ class March:
 
 
 def _where(which, yes: Progress, no: Progress) -> Progress:
-    return Progress(*(jnp.where(which, a, b) for a, b in zip(yes, no, strict=True)))
+    return jtu.tree_map(lambda a, b: jnp.where(which, a, b), yes, no)
