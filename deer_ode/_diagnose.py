@@ -267,7 +267,8 @@ def _iterate(
     ys: TrajectoryArray,
 ) -> _Iteration:
     largest, undamped = jnp.abs(recurrence.y0), jnp.zeros((), ys.dtype)
-    updated = newton.update(linearisation, recurrence, ys, largest, undamped)
+    none = jnp.asarray(0, jnp.int32)
+    updated = newton.update(linearisation, recurrence, ys, largest, undamped, none)
     num_good, num_steps = leading_true(updated.good), recurrence.num_steps
     # From a state that is right the next step is not a number: nor is the answer.
     next_residual = updated.residual[jnp.minimum(num_good, num_steps - 1)]

@@ -116,9 +116,14 @@ def solve_sequentially(recurrence: AbstractRecurrence) -> TrajectorySolution:
         ys = jnp.zeros((0, *y0.shape), y0.dtype)
     else:
         ys = lax.scan(step, y0, jnp.arange(num_steps, dtype=jnp.int32))[1]
-    count = jnp.asarray(num_steps, jnp.int32)
+    return sequential_solution(ys)
+
+
+def sequential_solution(ys: Trajectory) -> TrajectorySolution:
+    """`ys` were found one after the other."""
+    count = jnp.asarray(ys.shape[0], jnp.int32)
     none = jnp.zeros_like(count)
-    zero = jnp.zeros((), y0.dtype)
+    zero = jnp.zeros((), ys.dtype)
     return TrajectorySolution(
         ys=ys,
         num_good_steps=count,

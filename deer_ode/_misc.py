@@ -104,6 +104,11 @@ def state_at(y0: State, ys: Trajectory, count: Array) -> State:
     return jnp.where(count > 0, ys[jnp.maximum(count - 1, 0)], y0)
 
 
+def finite(x: Array) -> Array:
+    """Zero for what is not a finite number."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
 def hold_last_good(
     y0: State, ys: Trajectory, good: Bool[Array, " steps"]
 ) -> Trajectory:
@@ -118,16 +123,16 @@ def hold_last_good(
     return jnp.where((steps < count)[:, None], ys, state_at(y0, ys, count))
 
 
-def finite(x: Array) -> Array:
-    """Zero for what is not a finite number."""
-    return jnp.where(jnp.isfinite(x), x, 0)
-
-
-def is_reasonable(ys: Trajectory) -> Bool[Array, " steps"]:
+def is_reasonable(
+    ys: Trajectory, largest: State | None = None
+) -> Bool[Array, " steps"]:
     """Which states are finite and far from overflow.
 
     The bound is the fourth root of the largest number of the dtype, so that products
-    of up to four components still are numbers.
+    of up to four components still are numbers; or a thousand times what is known to
+    occur.
     """
-    bound = float(jnp.finfo(ys.dtype).max) ** 0.25
+    bound = jnp.asarray(float(jnp.finfo(ys.dtype).max) ** 0.25, ys.dtype)
+    if largest is not None:
+        bound = jnp.maximum(bound, 2**10 * jnp.max(finite(largest), initial=0))
     return jnp.all(jnp.abs(ys) <= bound, axis=-1)

@@ -9,7 +9,6 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._affine import absolute, apply
@@ -17,11 +16,15 @@ from ._blocks import connected
 from ._custom_types import Mask, Propagators, State, Trajectory
 from ._dependence import dependence
 from ._linearisation import AbstractLinearisation
-from ._misc import StateFlattener, previous_states
+from ._misc import StateFlattener, finite, previous_states
 
 
-# So many values in a row are hardly all of them next to nothing by chance.
-_SIZE_WINDOW = 16
+# What a state was so many steps ago says something about what is much for it now; what
+# it was long ago does not.
+_MEMORY = 256
+
+# So many states before a part of a recurrence stand for those.
+_NUM_BEFORE = 15
 
 # Entries of one leaf share their units; what is this much smaller does not, perhaps.
 _MOST = 2**10
@@ -96,6 +99,12 @@ class AbstractRecurrence(eqx.Module):
     @abc.abstractmethod
     def sizes(self, ys: Trajectory) -> Trajectory:
         """How large the numbers are in which `ys` are computed, entry by entry."""
+
+    def amplitudes(self, ys: Trajectory, largest: State) -> Trajectory:
+        """What is much for each entry at each step. `largest` is what it was at most
+        before.
+        """
+        return lax.cummax(jnp.maximum(finite(jnp.abs(ys)), largest[None]))
 
     @abc.abstractmethod
     def linear_response(
@@ -230,7 +239,7 @@ class Recurrence(AbstractMapRecurrence):
 
     @property
     def num_before(self):
-        return _SIZE_WINDOW - 1
+        return _NUM_BEFORE
 
     def groups(self):
         return self._groups
@@ -241,19 +250,27 @@ class Recurrence(AbstractMapRecurrence):
 
     def sizes(self, ys):
         """Of a step only its value is seen, which may be next to nothing where it is
-        the difference of large terms. So the largest entry of its leaf, of the last few
-        steps, stands for these; unless this entry never was of such a size.
+        the difference of large terms. So the largest entry of its leaf, of this state
+        and the one before it, stands for these; unless this entry never was of such a
+        size.
         """
-        own = jnp.abs(jnp.concatenate([self.y0[None], ys]))
+        own = finite(jnp.abs(jnp.concatenate([self.y0[None], ys])))
         leaf = self.flattener.map_leaves(
             lambda x: jnp.broadcast_to(jnp.max(x, -1, keepdims=True), x.shape), own
         )
-        before = ((_SIZE_WINDOW - 1, 0), (0, 0))
-        zero = np.zeros((), own.dtype)
-        recent = lax.reduce_window(
-            leaf, zero, lax.max, (_SIZE_WINDOW, 1), (1, 1), before
-        )
-        return jnp.maximum(own, jnp.minimum(recent, _MOST * lax.cummax(own)))[1:]
+        recent = jnp.maximum(leaf[1:], leaf[:-1])
+        return jnp.maximum(own[1:], jnp.minimum(recent, _MOST * lax.cummax(own)[1:]))
+
+    def amplitudes(self, ys, largest):
+        """What was before a pulse, or after it, is not small beside it."""
+        del largest
+        own = finite(jnp.abs(jnp.concatenate([self.y0[None], ys])))
+        padding = -own.shape[0] % _MEMORY
+        stretches = jnp.pad(own, ((0, padding), (0, 0)))
+        stretches = stretches.reshape(-1, _MEMORY, own.shape[1])
+        so_far = lax.cummax(stretches, axis=1)
+        before = jnp.concatenate([so_far[:1, :1], so_far[:-1, -1:]])
+        return jnp.maximum(so_far, before).reshape(-1, own.shape[1])[1 : own.shape[0]]
 
     def sequential_response(self, ys: Trajectory, tangent: Any) -> Trajectory:
         """What `linear_response` leads to, one step after the other: for Jacobians that

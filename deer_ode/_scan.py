@@ -12,14 +12,19 @@ from jaxtyping import Array, PyTree
 
 from ._auto import Auto
 from ._implicit import solve_trajectory
-from ._method import AbstractMethod, Sequential
+from ._method import (
+    AbstractMethod,
+    Sequential,
+    TrajectorySolution,
+    sequential_solution,
+)
 from ._misc import StateFlattener, previous_states
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import Recurrence
 
 
 class RecurrenceSolution(NamedTuple):
-    """What [`deer_ode.solve_recurrence`][] returns.
+    r"""What [`deer_ode.solve_recurrence`][] returns.
 
     **Fields:**
 
@@ -31,8 +36,10 @@ class RecurrenceSolution(NamedTuple):
     - `stats`: `num_steps`, `num_good_steps` (how many of them are the answer: all but
         with `fallback=False`; after them are infinities), `num_newton_steps`,
         `newton_residual` (the largest residual, in units of the carry, before the last
-        correction) and `num_fallback_steps` (how many steps were finished
-        sequentially).
+        correction), `newton_damping` (the largest $\lambda$), `num_windows` (how often
+        a window moved on, and one), `num_fallback_steps` (how many steps were taken
+        sequentially) and `first_nonfinite_step` (the first of `xs` after which the
+        carry is not finite, in the order of solving; -1 if there is none).
     """
 
     carry: PyTree[Array]
@@ -195,14 +202,21 @@ def solve_recurrence(
         carry, ys, carries = result.error_if(
             (carry, ys, carries), result != optx.RESULTS.successful
         )
-    stats = dict(
+    stats = _stats(solution, reverse)
+    return RecurrenceSolution(carry, ys, carries, result, stats)
+
+
+def _stats(solution: TrajectorySolution, reverse: bool) -> dict[str, Any]:
+    num_steps, nonfinite = solution.ys.shape[0], solution.first_nonfinite_step
+    if reverse:
+        nonfinite = jnp.where(nonfinite < 0, nonfinite, num_steps - 1 - nonfinite)
+    return dict(
         num_steps=num_steps,
         num_good_steps=solution.num_good_steps,
         num_fallback_steps=solution.num_fallback_steps,
-        first_nonfinite_step=solution.first_nonfinite_step,
+        first_nonfinite_step=nonfinite,
         **solution.stats(),
     )
-    return RecurrenceSolution(carry, ys, carries, result, stats)
 
 
 def _flip(tree):
@@ -294,13 +308,8 @@ def _sequential(f, init, xs, num_steps: int, reverse: bool) -> RecurrenceSolutio
     # The products as accurate as those of the other method.
     with jax.default_matmul_precision("highest"):
         carry, (carries, ys) = lax.scan(step, init, xs, num_steps, reverse)
-    leaves = jtu.tree_leaves(init)
-    dtype = StateFlattener(init).dtype if leaves else jnp.result_type(float)
-    stats = dict(
-        num_steps=num_steps,
-        num_good_steps=jnp.asarray(num_steps, jnp.int32),
-        num_newton_steps=jnp.asarray(0, jnp.int32),
-        newton_residual=jnp.asarray(0, dtype),
-        num_fallback_steps=jnp.asarray(num_steps, jnp.int32),
-    )
+    states = jnp.zeros((num_steps, 0), jnp.result_type(float))
+    if num_steps > 0 and len(jtu.tree_leaves(init)) > 0:
+        states = jax.vmap(StateFlattener(init).flatten)(carries)
+    stats = _stats(sequential_solution(states), reverse)
     return RecurrenceSolution(carry, ys, carries, optx.RESULTS.successful, stats)

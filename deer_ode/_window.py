@@ -61,7 +61,7 @@ class Window(eqx.Module):
         lengths = self.length if isinstance(self.length, tuple) else (self.length,)
         if not (
             len(lengths) > 0
-            and all(isinstance(n, int) and n > 0 for n in lengths)
+            and all(type(n) is int and n > 0 for n in lengths)
             and list(lengths) == sorted(set(lengths), reverse=True)
         ):
             raise ValueError(
@@ -142,7 +142,7 @@ class March:
     recurrence: AbstractRecurrence
     guess: AbstractPredictor
     update: Callable[..., Updated]
-    """`(recurrence, ys, largest, damping)`: one iteration."""
+    """`(recurrence, ys, largest, damping, num_known)`: one iteration."""
     lengths: tuple[int, ...]
     max_sweeps: int
     is_patient: bool
@@ -167,7 +167,7 @@ class March:
             num_guessed = zero
         ys = ys.astype(y0.dtype)
         return Progress(
-            ys=hold_last_good(y0, ys, is_reasonable(ys)),
+            ys=hold_last_good(y0, ys, is_reasonable(ys, jnp.abs(y0))),
             num_good=zero,
             num_guessed=num_guessed,
             largest=finite(jnp.abs(y0)),
@@ -219,20 +219,21 @@ class March:
         return lax.switch(progress.rung, branches, progress)
 
     def _iterate_window(self, rung, progress):
-        length, num_steps = self.lengths[rung], self.num_steps
-        recurrence = self.recurrence
+        recurrence, num_steps = self.recurrence, self.num_steps
+        # What the sizes of states are judged by may begin before the window.
+        length = min(self.lengths[rung] + recurrence.num_before, num_steps)
         if length == num_steps:
             start = jnp.asarray(0, jnp.int32)
             part, ys = recurrence, progress.ys
         else:
-            # What the sizes of states are judged by may begin before the window.
             start = jnp.maximum(progress.num_good - recurrence.num_before, 0)
             start = jnp.minimum(start, num_steps - length)
             progress = self._guess_entering(start + length, length, progress)
             part = self._part(progress.ys, start, length)
             ys = lax.dynamic_slice_in_dim(progress.ys, start, length)
-        updated = self.update(part, ys, progress.largest, progress.damping)
-        num_good = jnp.maximum(progress.num_good, start + leading_true(updated.good))
+        num_known = progress.num_good - start
+        updated = self.update(part, ys, progress.largest, progress.damping, num_known)
+        num_good = start + leading_true(updated.good)
         steps = start + jnp.arange(length, dtype=jnp.int32)
         is_new = ((steps >= progress.num_good) & (steps < num_good))[:, None]
         newly = lambda x: jnp.where(is_new, jnp.abs(x), 0)
@@ -267,7 +268,7 @@ class March:
         length, num_good = self.lengths[rung], progress.num_good
         got_on = num_good - progress.mark >= max(length // _QUARTER, 1)
         # Written so that NaN is no improvement.
-        improves = error <= progress.lowest / 2
+        improves = (error <= progress.lowest / 2) & (progress.lowest > 0)
         since = jnp.where(got_on | improves, 0, progress.since + 1)
         num_windows = progress.num_windows + got_on.astype(jnp.int32)
         failed = (since >= _PATIENCE) & (num_good < self.num_steps)
@@ -314,7 +315,8 @@ class March:
             start = jnp.minimum(progress.num_guessed, self.num_steps - length)
             part = self._part(ys, start, length)
             guessed = self.guess.anew()(part)
-            guessed = hold_last_good(part.y0, guessed, is_reasonable(guessed))
+            is_fine = is_reasonable(guessed, progress.largest)
+            guessed = hold_last_good(part.y0, guessed, is_fine)
             # After a failure perhaps it was the guess that led astray.
             still = jnp.broadcast_to(part.y0, guessed.shape)
             guessed = jnp.where(progress.num_failures % 2 == 1, still, guessed)
@@ -354,6 +356,8 @@ class March:
         # Nothing to do where all is right.
         stop = jnp.clip(stop, num_good, self.num_steps)
 
+        # A failure of the shortest window is, one that was seen only now is not.
+        is_counted = progress.rung == len(self.lengths)
         length = min(self.lengths[-1], _CPU[-1])
 
         def take(carry):
@@ -383,7 +387,7 @@ class March:
             largest=largest,
             num_fallback_steps=progress.num_fallback_steps + end - num_good,
             num_guessed=jnp.where(end > num_good, end, progress.num_guessed),
-            num_failures=progress.num_failures + 1,
+            num_failures=progress.num_failures + (~is_counted).astype(jnp.int32),
             num_trusted=end,
             is_stuck=jnp.zeros_like(progress.is_stuck),
         )
