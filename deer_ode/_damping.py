@@ -59,7 +59,7 @@ class AbstractDamping(eqx.Module):
         residual: Trajectory,
         full: Trajectory,
         residual_at: Callable[[Trajectory], Trajectory],
-        size: Trajectory,
+        size: Float[Array, "1 state"],
         damping: Float[Array, ""],
         num_good: Int[Array, ""],
     ) -> Correction:
@@ -184,7 +184,7 @@ class LevenbergMarquardt(AbstractDamping):
         return Correction(jnp.where(fine, delta, one_more), damping)
 
 
-def _merit(residual: Trajectory, size: Trajectory) -> Float[Array, ""]:
+def _merit(residual: Trajectory, size: Float[Array, "1 state"]) -> Float[Array, ""]:
     # The root of the sum of squares overflows later than the sum.
     return jnp.linalg.norm(residual / size)
 
@@ -195,7 +195,10 @@ def _linear_residual(A: Propagators, residual, delta):
 
 
 def smooth(
-    A: Propagators, residual: Trajectory, lam: Float[Array, ""], size: Trajectory
+    A: Propagators,
+    residual: Trajectory,
+    lam: Float[Array, ""],
+    size: Float[Array, "1 state"],
 ) -> Trajectory:
     """The damped correction for one value of `lam`."""
     num_heads = residual.shape[-1]
@@ -203,7 +206,9 @@ def smooth(
         num_heads -= A.shape[-1]
         if num_heads > 0:
             # Only the last entries pass on; the others follow from those.
-            tails = smooth(A[:, num_heads:], residual[:, num_heads:], lam, size)
+            tails = smooth(
+                A[:, num_heads:], residual[:, num_heads:], lam, size[:, num_heads:]
+            )
             before = jnp.concatenate([jnp.zeros_like(tails[:1]), tails[:-1]])
             heads = apply(A[:, :num_heads], before) + residual[:, :num_heads]
             return jnp.concatenate([heads, tails], axis=-1)
@@ -214,7 +219,10 @@ def smooth(
         # Blocks beside each other, as matrices of their own.
         split = lambda x: jnp.moveaxis(order.split(x), -1, 1)
         matrices = jnp.moveaxis(A.entries, -1, 1)
-        delta = _smooth_dense(matrices, split(residual), lam, split(size))
+        # What fills up a block is measured by any unit but zero.
+        sizes = split(size)
+        sizes = jnp.where(sizes > 0, sizes, 1)
+        delta = _smooth_dense(matrices, split(residual), lam, sizes)
         return order.join(jnp.moveaxis(delta, 1, -1))
     if A.ndim == residual.ndim:
         column = lambda x: x[..., None]
@@ -278,7 +286,7 @@ def covariances_in_turn(A, lam):
     r"""$P_i$ after each step: $P_i = (I + \lambda M_i)^{-1} M_i$ with $M_i = A_i
     P_{i-1} A_i^\top + I$, from $P_1 = 0$.
     """
-    eye = jnp.eye(A.shape[-1], dtype=A.dtype)
+    eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape[1:])
 
     def step(P, A_i):
         M = _product(A_i, P, _transposed(A_i)) + eye
@@ -295,7 +303,7 @@ def covariances_at_once(A, lam):
     What a stretch of steps makes of a covariance is a fractional linear map, written as
     a transition, a covariance and an information matrix.
     """
-    eye = jnp.eye(A.shape[-1], dtype=A.dtype)
+    eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
     kept = 1 / (1 + lam)
     F = (kept * A).at[0].set(0)
     C = jnp.broadcast_to(kept * eye, A.shape).at[0].set(0)
@@ -304,7 +312,7 @@ def covariances_at_once(A, lam):
     def compose(first, second):
         F1, C1, J1 = first
         F2, C2, J2 = second
-        between = _inverse(eye + _product(C1, J2))
+        between = _inverse(eye[: len(C1)] + _product(C1, J2))
         F = _product(F2, between, F1)
         C = _product(F2, between, C1, _transposed(F2)) + C2
         J = _product(_transposed(F1), J2, between, F1) + J1

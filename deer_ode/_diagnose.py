@@ -38,7 +38,7 @@ from ._integrate import diffeqsolve
 from ._linearisation import AbstractLinearisation, Dense, Exact
 from ._method import AbstractMethod
 from ._misc import StateFlattener, hold_last_good, is_reasonable, leading_true
-from ._newton import Newton
+from ._newton import ROUNDING_UNITS, Newton
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import AbstractRecurrence
 from ._scan import make_recurrence, scan, solve_recurrence
@@ -381,7 +381,7 @@ def _predict(problem: _Problem, guess_error: float, growth: float) -> int | None
     if growth > _most_growth(problem):
         return None
     # What is right to so many digits is rounding to the acceptance test.
-    digits = _num_digits(problem) - math.log10(_ROUNDING_UNITS)
+    digits = _num_digits(problem) - math.log10(ROUNDING_UNITS)
     # No guess is so bad that one iteration makes nothing of it, or so it is hoped.
     right = max(-math.log10(guess_error), _WORST_GUESS) if guess_error > 0 else digits
     return 1 + max(0, math.ceil(math.log2(digits / right)))

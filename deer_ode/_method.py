@@ -61,6 +61,11 @@ class AbstractMethod(eqx.Module):
 
     @property
     @abc.abstractmethod
+    def guess(self) -> AbstractPredictor:
+        """Where the method starts from unless told otherwise."""
+
+    @property
+    @abc.abstractmethod
     def fallback(self) -> bool:
         """Whether what this method finds is the sequential answer in any case."""
 
@@ -68,11 +73,6 @@ class AbstractMethod(eqx.Module):
     def exact_linearisation(self) -> AbstractLinearisation:
         """The exact Jacobian, as derivatives of the solution are to use it."""
         return Exact()
-
-    @property
-    def guess(self) -> AbstractPredictor:
-        """Where the method starts from unless told otherwise."""
-        return Coarse()
 
     def start_from(self, guess: AbstractPredictor) -> "AbstractMethod":
         """The same method from another guess."""
@@ -146,6 +146,10 @@ class Sequential(AbstractMethod):
     of the base solver, and derivatives are those of the parallel methods: one affine
     scan, for which only the trajectory is stored.
     """
+
+    @property
+    def guess(self):
+        return Coarse()  # not looked at
 
     @property
     def fallback(self):

@@ -38,7 +38,7 @@ from ._window import March, Progress, Updated, Window
 # the published reference problems (and below 5 on most), in both precisions. 64 is
 # above it, and the correction that is still applied after acceptance removes what this
 # leaves.
-_ROUNDING_UNITS = 64
+ROUNDING_UNITS = 64
 
 # In the same units, but of the values, and where little is added up: a correction that
 # is all rounding.
@@ -76,12 +76,12 @@ class Newton(AbstractMethod):
     """
 
     linearisation: AbstractLinearisation = Exact()
-    guess: AbstractPredictor = Coarse()
+    guess: AbstractPredictor = Coarse()  # pyright: ignore
     rtol: float | None = None
     atol: float | None = None
     norm: Callable[[Array], Array] = eqx.field(static=True, default=optx.max_norm)
     newton_max_steps: int = eqx.field(static=True, default=64)
-    fallback: bool = eqx.field(static=True, default=True)
+    fallback: bool = eqx.field(static=True, default=True)  # pyright: ignore
     damping: AbstractDamping = Undamped()
     window: Window | None = Window()
     progress_meter: Any = None
@@ -176,7 +176,7 @@ class Newton(AbstractMethod):
     def _tolerance(self, recurrence, size):
         dtype = size.dtype
         if self.rtol is None:
-            rtol = _ROUNDING_UNITS * jnp.asarray(recurrence.eps, dtype)
+            rtol = ROUNDING_UNITS * jnp.asarray(recurrence.eps, dtype)
         else:
             rtol = jnp.asarray(self.rtol, dtype)
         # Below the smallest normal number relative accuracy has no meaning.
@@ -258,10 +258,16 @@ Newton.__init__.__doc__ = """**Arguments:**
     (64 units) and nothing, so that the answer is that of the sequential solver up to
     rounding.
 - `norm`: how the scaled residual of one step becomes one number.
-- `newton_max_steps`: the most iterations.
-- `fallback`: whether to finish sequentially, from the last converged step, what has not
-    converged within `newton_max_steps` (the default), so that the answer always is the
-    sequential one. If `False` such a solve fails with
+- `newton_max_steps`: the most iterations over the whole interval; of those over a
+    window as many as come to the same work.
+- `fallback`: whether to take sequentially, from the last converged step, the steps that
+    do not converge (the default), so that the answer always is the sequential one. If `False` such a solve fails with
     `RESULTS.nonlinear_max_steps_reached`, or `RESULTS.nonfinite` where the next state
     is not a finite number.
+- `damping`: [`deer_ode.Undamped`][] (the default), [`deer_ode.LevenbergMarquardt`][] or
+    [`deer_ode.Scaled`][].
+- `window`: a [`deer_ode.Window`][] that moves along the trajectory (the default), or
+    `None` for the whole interval at once and nothing else.
+- `progress_meter`: shows how much of the trajectory is right: a progress meter of
+    Diffrax, such as `diffrax.TqdmProgressMeter()`, or `None`.
 """

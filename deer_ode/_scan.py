@@ -198,7 +198,8 @@ def solve_recurrence(
     if reverse:
         ys, carries = _flip(ys), _flip(carries)
     result = method.result(solution, num_steps)
-    if throw:
+    # With a sequential finish nothing fails.
+    if throw and not method.fallback:
         carry, ys, carries = result.error_if(
             (carry, ys, carries), result != optx.RESULTS.successful
         )

@@ -14,6 +14,9 @@ _hook.__enter__()
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="run the slow tests too")
+    parser.addoption(
+        "--recurrences", type=int, default=10_000, help="random recurrences to solve"
+    )
 
 
 #: Rows of tables that take half a minute each, and whose like a shorter row tests.
