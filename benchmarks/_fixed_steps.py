@@ -62,7 +62,7 @@ def _stock(field, num_steps, saveat, y0, args):
 def _deer(field, num_steps, saveat, y0, args):
     return deer_ode.diffeqsolve(
         diffrax.ODETerm(field),
-        deer_ode.DEER(diffrax.Tsit5(), method=deer_ode.Newton()),
+        deer_ode.DEER(diffrax.Tsit5(), method=deer_ode.Newton(window=None)),
         0.0,
         T1,
         T1 / num_steps,

@@ -46,7 +46,7 @@ def run(quick: bool = False) -> list[dict]:
         ).ys  # fmt: skip
         expected = jnp.asarray(expected)
         for guess_name, guess in guesses.items():
-            method = deer_ode.Newton(guess=guess, newton_max_steps=300)
+            method = deer_ode.Newton(guess=guess, newton_max_steps=300, window=None)
             sol = eqx.filter_jit(deer_ode.diffeqsolve)(
                 term, deer_ode.DEER(diffrax.Tsit5(), method), 0.0, t1, t1 / num_steps,
                 y0, args, saveat=diffrax.SaveAt(steps=True),

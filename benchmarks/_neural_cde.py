@@ -39,7 +39,8 @@ KEPT, MISSING = 2 / 3, 0.2
 # In tenths of a second, time moves about as far as the energies do (a few units).
 TIME_UNIT = 0.1
 LEARNING_RATE = 0.01
-SOLVERS = {"deer": deer_ode.DEER(diffrax.Heun()), "diffrax": diffrax.Heun()}
+PLAIN = deer_ode.Newton(window=None)
+SOLVERS = {"deer": deer_ode.DEER(diffrax.Heun(), PLAIN), "diffrax": diffrax.Heun()}
 
 
 Batch = tuple[diffrax.AbstractPath, jax.Array]

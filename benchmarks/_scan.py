@@ -6,6 +6,7 @@ JSON what they show.
 """
 
 import argparse
+import functools as ft
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ import deer_ode
 from ._process import again_with_cpu_flag, can_use_cpu_flag, environment, write
 from ._timing import time_alternating
 
+
+# All steps at once, wherever it runs.
+PLAIN = deer_ode.Newton(window=None)
 
 STATES = (1, 2, 4, 8, 16, 32)
 MAX_NUMBERS = {"cpu": 2**28, "gpu": 2**34}
@@ -70,7 +74,7 @@ def _programs(case: Case, dtype) -> tuple[dict[str, dict[str, Callable]], Callab
     step, params = _network(case, dtype, keys[0])
     xs = jr.normal(keys[1], (case.batch, case.steps, case.size), dtype)
     h0 = jnp.zeros((case.heads, case.size), dtype)
-    rivals = {"deer": deer_ode.scan, "lax": jax.lax.scan}
+    rivals = {"deer": ft.partial(deer_ode.scan, method=PLAIN), "lax": jax.lax.scan}
     programs: dict[str, dict[str, Callable]] = {"forward": {}, "gradient": {}}
     for name, scan in rivals.items():
 
@@ -90,7 +94,7 @@ def _programs(case: Case, dtype) -> tuple[dict[str, dict[str, Callable]], Callab
     def newton_steps():
         def count(xs):
             f = lambda h, x: step(params, h, x)
-            return deer_ode.solve_recurrence(f, h0, xs).stats
+            return deer_ode.solve_recurrence(f, h0, xs, method=PLAIN).stats
 
         return jax.tree.map(jnp.max, jax.vmap(count)(xs))
 

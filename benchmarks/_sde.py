@@ -82,7 +82,7 @@ def _stock(terms, solver, num_steps, y0, args):
 def _deer(terms, solver, num_steps, y0, args):
     return deer_ode.diffeqsolve(
         terms,
-        deer_ode.DEER(solver),
+        deer_ode.DEER(solver, deer_ode.Newton(window=None)),
         0.0,
         T1,
         T1 / num_steps,

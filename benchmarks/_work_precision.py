@@ -24,9 +24,12 @@ from ._timing import time_alternating
 #: Errors at which times are compared.
 TARGETS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
+# The whole interval at once, wherever it runs.
+PLAIN = deer_ode.Newton(window=None)
+
 SOLVERS = {
-    "DEER()": deer_ode.DEER(),
-    "DEER(Tsit5())": deer_ode.DEER(diffrax.Tsit5()),
+    "DEER()": deer_ode.DEER(method=PLAIN),
+    "DEER(Tsit5())": deer_ode.DEER(diffrax.Tsit5(), PLAIN),
 }
 
 

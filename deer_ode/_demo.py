@@ -241,7 +241,7 @@ class Task:
     def _solve(self, parameters):
         """The loss and the solution."""
         model = self.model(parameters)
-        sol = _solve(diffeqsolve, DEER(self.solver), model, self.problem.grid)
+        sol = _solve(diffeqsolve, DEER(self.solver, Newton()), model, self.problem.grid)
         return jnp.mean(self._misfit(model, sol.ys) ** 2), sol
 
     def _gradient_step(self, z, frame, opt_state, level, is_parallel):
@@ -251,7 +251,7 @@ class Task:
             model = self.model(frame.mean + frame.scale @ z)
             grid = self.problem.grid
             if is_parallel:
-                sol = _solve(diffeqsolve, DEER(self.solver), model, grid)
+                sol = _solve(diffeqsolve, DEER(self.solver, Newton()), model, grid)
             else:
                 sol = _solve(diffrax.diffeqsolve, self.solver, model, grid)
             value = jnp.mean(self._misfit(model, sol.ys) ** 2)
@@ -269,7 +269,7 @@ class Task:
         def solve(parameters):
             model = self.model(parameters)
             grid = self.problem.grid
-            sol = _solve(diffeqsolve, DEER(self.solver), model, grid)
+            sol = _solve(diffeqsolve, DEER(self.solver, Newton()), model, grid)
             return sol.ys, self._misfit(model, sol.ys).ravel()
 
         _, push_forward = jax.linearize(solve, parameters)

@@ -121,8 +121,8 @@ def diffeqsolve(
 
     **Returns:**
 
-    A `diffrax.Solution`. Its `stats` also hold `num_newton_steps`, `newton_residual`
-    and `num_fallback_steps`; see [`deer_ode.ParallelAdjoint`][].
+    A `diffrax.Solution`. Its `stats` also say how the solve went; see
+    [`deer_ode.ParallelAdjoint`][].
 
     **Raises:**
 

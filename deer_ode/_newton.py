@@ -261,9 +261,9 @@ Newton.__init__.__doc__ = """**Arguments:**
 - `newton_max_steps`: the most iterations over the whole interval; of those over a
     window as many as come to the same work.
 - `fallback`: whether to take sequentially, from the last converged step, the steps that
-    do not converge (the default), so that the answer always is the sequential one. If `False` such a solve fails with
-    `RESULTS.nonlinear_max_steps_reached`, or `RESULTS.nonfinite` where the next state
-    is not a finite number.
+    do not converge (the default), so that the answer always is the sequential one. If
+    `False` such a solve fails with `RESULTS.nonlinear_max_steps_reached`, or
+    `RESULTS.nonfinite` where the next state is not a finite number.
 - `damping`: [`deer_ode.Undamped`][] (the default), [`deer_ode.LevenbergMarquardt`][] or
     [`deer_ode.Scaled`][].
 - `window`: a [`deer_ode.Window`][] that moves along the trajectory (the default), or

@@ -291,10 +291,15 @@ class ParallelAdjoint(diffrax.AbstractAdjoint):
     max_steps=...)` gives the solution of `solver` on the same steps, with everything
     that Diffrax's `Solution` has. Its `stats` also hold
 
-    - `num_newton_steps`: iterations of Newton's method over the whole interval;
+    - `num_newton_steps`: iterations of Newton's method, over windows of the interval or
+        all of it; zero where [`deer_ode.Auto`][] chose a loop over the steps;
     - `newton_residual`: the largest residual of the converged steps, in units of the
         state, before the last correction;
-    - `num_fallback_steps`: how many steps were finished sequentially.
+    - `newton_damping`: the largest $\lambda$ of [`deer_ode.LevenbergMarquardt`][];
+    - `num_windows`: how often a window moved on, and one;
+    - `num_fallback_steps`: how many steps were taken one after the other;
+    - `first_nonfinite_step`: the first step to a state that is not finite, counted from
+        zero; -1 if there is none.
 
     The steps must be known beforehand: `ConstantStepSize()` or `StepTo(ts)`. With the
     former the solve is sized for `max_steps` steps, and pays for those that are not

@@ -66,9 +66,10 @@ def scan(
 
     The arguments up to `reverse`, and what is returned, are those of `jax.lax.scan`,
     and so is the answer, up to rounding: all carries are found together by Newton's
-    method ([`deer_ode.Newton`][]), and what does not converge is finished
-    sequentially. Derivatives of any order, forward and reverse, are exact and cost one
-    more affine scan each; no iteration is stored for them.
+    method ([`deer_ode.Newton`][]), and what does not converge is taken sequentially;
+    or, where that is faster, all of it ([`deer_ode.Auto`][]). Derivatives of any order,
+    forward and reverse, are exact and cost one more affine scan each; no iteration is
+    stored for them.
 
     It pays where the carry is small, or falls apart into small blocks, and the sequence
     is long; see [how to choose](how-to-choose.md).
@@ -86,10 +87,12 @@ def scan(
         or `None`.
     - `length`: $T$; needed where `xs` is `None`.
     - `reverse`: whether to go from the last step to the first.
-    - `method`: [`deer_ode.Newton`][] with its options, or [`deer_ode.Sequential`][].
+    - `method`: [`deer_ode.Auto`][], [`deer_ode.Newton`][] with its options, or
+        [`deer_ode.Sequential`][].
     - `guess`: where the iteration starts from: the carries after each step, stacked
         in the order of `xs` (`carries` of a problem nearby), or a predictor. By
-        default that of `method`, which for a recurrence is `init` everywhere.
+        default that of `method`, which for a recurrence is `init` everywhere. A loop
+        has no use for it.
     - `throw`: whether to raise an error where the solve fails. It can fail only with
         `Newton(fallback=False)`; with `throw=False` use
         [`deer_ode.solve_recurrence`][], which says how it ended.
@@ -152,16 +155,15 @@ def solve_recurrence(
     !!! example
 
         >>> import jax.numpy as jnp
-        >>> from deer_ode import solve_recurrence
+        >>> from deer_ode import Newton, solve_recurrence
         >>> def relax(y, x):
         ...     y = 0.5 * jnp.tanh(y) + x
         ...     return y, None
-        >>> sol = solve_recurrence(relax, jnp.zeros(2), jnp.ones((100, 2)))
+        >>> problem = (relax, jnp.zeros(2), jnp.ones((100, 2)))
+        >>> sol = solve_recurrence(*problem, method=Newton())
         >>> int(sol.stats["num_fallback_steps"]), sol.carries.shape
         (0, (100, 2))
-        >>> again = solve_recurrence(
-        ...     relax, jnp.zeros(2), jnp.ones((100, 2)), guess=sol.carries
-        ... )
+        >>> again = solve_recurrence(*problem, method=Newton(), guess=sol.carries)
         >>> int(again.stats["num_newton_steps"])
         1
     """

@@ -227,7 +227,8 @@ DEER.__init__.__doc__ = """**Arguments:**
     ordinary, controlled or stochastic differential equations, or one of this package.
     Defaults to [`deer_ode.Obreshkov`][]`()`, of order 6, for which parallel time needs
     the least work on smooth ordinary differential equations.
-- `method`: how to iterate, a [`deer_ode.Newton`][].
+- `method`: how to solve for all steps: [`deer_ode.Auto`][] (the default),
+    [`deer_ode.Newton`][] or [`deer_ode.Sequential`][].
 - `num_substeps`: into how many sub-steps to divide each step that Diffrax makes, for
     use in `diffrax.diffeqsolve` without [`deer_ode.ParallelAdjoint`][].
 

@@ -233,7 +233,7 @@ def train(options: argparse.Namespace, data: datasets.Sequences | None = None) -
     """
     task = TASKS[options.task]
     data = task.load(options) if data is None else data
-    method = deer_ode.Sequential() if options.sequential else deer_ode.Auto()
+    method = deer_ode.Sequential() if options.sequential else deer_ode.Newton()
     model = make_model(options, data.xs.shape[2], len(data.classes))
     num_batches = int(np.sum(~data.is_test)) // options.batch_size
     if num_batches == 0:

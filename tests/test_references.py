@@ -171,7 +171,9 @@ def solve(problem, solver=None):
     t0, t1 = problem["t0"], problem["t1"]
     term = diffrax.ODETerm(lambda t, y, args: field(t, y))
     y0 = jnp.asarray(problem["y0"], jnp.float64)
-    solver = deer_ode.DEER(diffrax.Dopri8()) if solver is None else solver
+    # The whole interval at once.
+    plain = deer_ode.Newton(window=None)
+    solver = deer_ode.DEER(diffrax.Dopri8(), plain) if solver is None else solver
     return deer_ode.diffeqsolve(term, solver, t0, t1, (t1 - t0) / num_steps, y0)
 
 
@@ -223,7 +225,7 @@ def test_reference_by_the_default(name):
     import deer_ode
 
     problem = load()[name]
-    sol = solve(problem, deer_ode.DEER())
+    sol = solve(problem, deer_ode.DEER(method=deer_ode.Newton(window=None)))
     assert int(sol.stats["num_fallback_steps"]) == 0
     assert error_of(sol, problem) < DEFAULT_TOLERANCES.get(name, 1e-8)
 
@@ -279,7 +281,8 @@ def main():
     jax.config.update("jax_enable_x64", True)
     problems = load()
     header = "problem", "states", "steps", "Newton steps", "finished sequentially"
-    for solver in (deer_ode.DEER(diffrax.Dopri8()), deer_ode.DEER()):
+    plain = deer_ode.Newton(window=None)
+    for solver in (deer_ode.DEER(diffrax.Dopri8(), plain), deer_ode.DEER(method=plain)):
         print(f"\n{type(solver.solver).__name__}\n")
         _row(*header, "error")
         _row(*["---"] * 6)
