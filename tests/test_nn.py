@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.nn import sigmoid
 
-from deer_ode import Sequential
+from deer_ode import Newton, Sequential
 from deer_ode.nn import RNN, Bidirectional, LEMCell, MultiHeadGRU, ResidualClassifier
 
 from .helpers import (
@@ -114,7 +114,7 @@ def test_rnn(name):
     for reverse in (False, True):
         layer = RNN(layer.cell, layer.init, reverse=reverse)
         states = loop(step, init, xs, reverse)
-        sol = quick(lambda m, xs: m.solve(xs))(layer, xs)
+        sol = quick(lambda m, xs: m.solve(xs, method=Newton()))(layer, xs)
         assert_close(sol.carries, states, rounding())
         assert_close(sol.ys, output(states), rounding())
         end = 0 if reverse else -1
@@ -205,7 +205,7 @@ def test_multi_head_gru(strides, reverse):
     gru, xs = multi_head(strides, num_heads=2, reverse=reverse), _inputs(num_steps=5)
 
     def both(gru):
-        sol = gru.solve(xs)
+        sol = gru.solve(xs, method=Newton())
         return jnp.sum(jnp.sin(sol.ys)), sol
 
     slope, sol = quick(jax.grad(both, has_aux=True))(gru)
@@ -236,7 +236,7 @@ def test_no_steps(strides):
 
 def test_multi_head_states_as_a_guess():
     gru, xs = multi_head((1, 3)), _inputs()
-    solve = quick(lambda gru, xs, guess: gru.solve(xs, guess=guess))
+    solve = quick(lambda gru, xs, guess: gru.solve(xs, method=Newton(), guess=guess))
     cold = solve(gru, xs, None)
     warm = solve(gru, xs, cold.carries)
     assert int(warm.stats["num_newton_steps"]) == 1
@@ -304,7 +304,7 @@ def both_directions():
 
 def test_bidirectional():
     layer, xs = both_directions(), _inputs()
-    solve = quick(lambda m, xs, guess: m.solve(xs, guess=guess))
+    solve = quick(lambda m, xs, guess: m.solve(xs, method=Newton(), guess=guess))
     sol = solve(layer, xs, None)
     parts = quick(lambda m, xs: [m.forward(xs), m.backward(xs)])(layer, xs)
     assert_close(sol.ys, jnp.concatenate(parts, axis=-1), rounding())
@@ -341,7 +341,7 @@ def test_padding_changes_nothing(name):
 
     def loss(layer, xs, padded):
         length = num_there if padded else None
-        sol = layer.solve(xs, length=length)
+        sol = layer.solve(xs, length=length, method=Newton())
         ys = jtu.tree_map(lambda y: y[:num_there], sol.ys)
         return squares(ys), (ys, sol.carry)
 
@@ -362,7 +362,7 @@ def test_padding_changes_nothing(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_mask_of_a_prefix_is_a_length(name):
     layer, xs = LAYERS[name](), _inputs()
-    run = quick(lambda m, xs, **kwargs: m.solve(xs, **kwargs).carries)
+    run = quick(lambda m, xs, **kwargs: m.solve(xs, method=Newton(), **kwargs).carries)
     mask = jnp.arange(NUM_STEPS) < 4
     assert_close(run(layer, xs, mask=mask), run(layer, xs, length=jnp.int32(4)), 0.0)
 
@@ -457,7 +457,7 @@ def by_the_book(model, xs):
 def test_classifier():
     """Its equations; one after the other; and from a guess in one iteration."""
     model, xs = classifier(), _inputs()
-    slope, out = learn(model, xs)
+    slope, out = learn(model, xs, method=Newton())
     assert_close(out.logits, quick(by_the_book)(model, xs), rounding())
     expected_slope, expected = learn(model, xs, method=Sequential())
     assert_close(out.logits, expected.logits, rounding())
@@ -466,7 +466,7 @@ def test_classifier():
     assert int(out.stats["num_newton_steps"]) > 1
     assert out.stats["num_steps"] == NUM_STEPS
     assert int(out.stats["num_fallback_steps"]) == 0
-    again_slope, again = learn(model, xs, guess=out.carries)
+    again_slope, again = learn(model, xs, method=Newton(), guess=out.carries)
     assert int(again.stats["num_newton_steps"]) == 1
     assert_close(again.logits, out.logits, rounding())
     assert_close(again_slope, slope, rounding())
@@ -483,7 +483,7 @@ def test_classifier():
 @pytest.mark.slow
 def test_classifier_ignores_padding():
     model, xs = classifier(), _inputs(num_steps=6)
-    slope, out = learn(model, xs)
+    slope, out = learn(model, xs, method=Newton())
     padded = jnp.concatenate([xs, jnp.full((5, NUM_INPUTS), jnp.nan)])
     for kwargs in (
         dict(length=jnp.int32(6)),
