@@ -26,10 +26,11 @@ class Auto(AbstractMethod):
     - On a CPU steps that are maps (Diffrax's solvers, recurrences) are taken one after
         the other. A loop over small steps is compiled into one kernel there, and took
         between a half and a thirtieth of the time of the iteration in all but one of
-        the cases measured.
-    - On accelerators, and wherever steps are equations to be solved
-        ([`deer_ode.Obreshkov`][], [`deer_ode.RadauIIA`][] and their like), all steps
-        are solved together; but sequences of fewer than 64 steps that are maps, and
+        the cases measured. So are those of collocation methods
+        ([`deer_ode.RadauIIA`][] and its like), since to check which solution of its
+        equation each step has takes as long.
+    - On accelerators, and with [`deer_ode.Obreshkov`][] everywhere, all steps are
+        solved together; but sequences of fewer than 64 steps that are maps, and
         Jacobians of $n \ge 64$ without structure, go one after the other as well.
 
     The answer is the same, and so are derivatives, which are exact and parallel either
@@ -69,13 +70,14 @@ class Auto(AbstractMethod):
         return Auto(self.newton.report_to(meter))
 
     def solve(self, recurrence):
-        if not isinstance(recurrence, AbstractMapRecurrence):
+        if not recurrence.is_for_a_loop:
             return self.newton.solve(recurrence)
-        num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
-        chosen = recurrence.choose(self.newton.linearisation)
-        is_large = isinstance(chosen, Dense) and state_size >= _LARGE
-        if num_steps < _SHORT or is_large:
-            return solve_sequentially(recurrence)
+        if isinstance(recurrence, AbstractMapRecurrence):
+            num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
+            chosen = recurrence.choose(self.newton.linearisation)
+            is_large = isinstance(chosen, Dense) and state_size >= _LARGE
+            if num_steps < _SHORT or is_large:
+                return solve_sequentially(recurrence)
         return lax.platform_dependent(
             cpu=lambda: solve_sequentially(recurrence),
             default=lambda: self.newton.solve(recurrence, is_cpu=False),

@@ -86,6 +86,11 @@ class AbstractRecurrence(eqx.Module):
     ) -> "AbstractRecurrence":
         """The steps from the zero-based `start` on, from the state `y0` before them."""
 
+    @property
+    @abc.abstractmethod
+    def is_for_a_loop(self) -> bool:
+        """Whether on a CPU a loop over the steps takes less time than iterations."""
+
     @abc.abstractmethod
     def choose(self, linearisation: AbstractLinearisation) -> AbstractLinearisation:
         """What `linearisation` comes to for the steps of this recurrence."""
@@ -165,6 +170,10 @@ class AbstractMapRecurrence(AbstractRecurrence):
     def is_sequential_answer(self, ys):
         del ys
         return None
+
+    @property
+    def is_for_a_loop(self):
+        return True
 
     @abc.abstractmethod
     def groups(self) -> tuple[int, ...] | None:

@@ -72,7 +72,7 @@ def swing(term, solver, dt0, max_steps):
     """One program for all step sizes: those that take fewer steps are padded."""
     y0 = start(jnp.asarray(ANGLE))
     sol = diffeqsolve(
-        term, DEER(solver), 0.0, 2.0, dt0, y0, jnp.asarray(GRAVITY),
+        term, DEER(solver, Newton()), 0.0, 2.0, dt0, y0, jnp.asarray(GRAVITY),
         max_steps=max_steps, saveat=diffrax.SaveAt(steps=True),
     )  # fmt: skip
     return sol.ys, sol.stats
@@ -145,7 +145,7 @@ def test_gradients_of_the_pendulum():
         ts = end * (fractions + 0.3 * fractions * (1 - fractions))
         y0 = consistent_initial_values(PENDULUM, 0.0, start(angle), gravity).y0
         q, _, tension = diffeqsolve(
-            PENDULUM, DEER(RadauIIA(2)), 0.0, end, None, y0, gravity,
+            PENDULUM, DEER(RadauIIA(2), Newton()), 0.0, end, None, y0, gravity,
             stepsize_controller=diffrax.StepTo(ts),
         ).ys  # fmt: skip
         return q[-1, 0] + 0.1 * tension[-1]
@@ -185,7 +185,7 @@ MASSES = {
 
 def solve_index_1(term, y0, args, solver=RadauIIA(3), **kwargs):
     return diffeqsolve(
-        term, DEER(solver), 0.0, 1.0, 0.125, y0, args,
+        term, DEER(solver, Newton()), 0.0, 1.0, 0.125, y0, args,
         saveat=diffrax.SaveAt(t0=True, ts=[0.3], steps=True), **kwargs,
     )  # fmt: skip
 
@@ -233,7 +233,7 @@ def test_backward_in_time():
     args = jnp.array(0.8)
     y0 = (jnp.array(0.5), jnp.array(0.0))
     sol = diffeqsolve(
-        DAETerm(decay), DEER(RadauIIA(3)), 1.0, 0.0, -0.125, y0, args
+        DAETerm(decay), DEER(RadauIIA(3), Newton()), 1.0, 0.0, -0.125, y0, args
     )  # fmt: skip
     back = scipy.integrate.solve_ivp(
         lambda t, y: -0.8 * y * (np.cos(y) + t), (1.0, 0.0), [0.5], method="DOP853",
@@ -271,7 +271,8 @@ def test_inconsistent_initial_values():
     y0 = (1.1 * q, v, tension)
     solve = eqx.filter_jit(
         lambda y0, throw: diffeqsolve(
-            PENDULUM, DEER(RadauIIA(1)), 0.0, 0.1, 0.05, y0, jnp.asarray(GRAVITY),
+            PENDULUM, DEER(RadauIIA(1), Newton()), 0.0, 0.1, 0.05, y0,
+            jnp.asarray(GRAVITY),
             throw=throw,
         )
     )  # fmt: skip

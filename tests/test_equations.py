@@ -75,7 +75,7 @@ def observed_order(counts, errors) -> float:
 def padded_solve(solver, term, t1, dt0, y0, args, max_steps, saveat=None):
     """One program for all step sizes: those that take fewer steps are padded."""
     return diffrax.diffeqsolve(
-        term, DEER(solver), 0.0, t1, dt0, y0, args, adjoint=ParallelAdjoint(),
+        term, DEER(solver, Newton()), 0.0, t1, dt0, y0, args, adjoint=ParallelAdjoint(),
         max_steps=max_steps, saveat=diffrax.SaveAt(t1=True) if saveat is None
         else saveat,
     )  # fmt: skip
@@ -226,7 +226,7 @@ def test_a_stability(name):
     @jax.vmap
     def radii(decay, frequency):
         ys = diffrax.diffeqsolve(
-            diffrax.ODETerm(rotation), DEER(solver), 0.0, 32.0, 1.0,
+            diffrax.ODETerm(rotation), DEER(solver, Newton()), 0.0, 32.0, 1.0,
             jnp.array([1.0, 0.0]), (decay, frequency), adjoint=ParallelAdjoint(),
             max_steps=32, saveat=diffrax.SaveAt(t0=True, steps=True),
         ).ys  # fmt: skip
@@ -565,7 +565,7 @@ def test_refusals():
             run("a", ORDERS[name][0], method=Newton(Diagonal()))
     y0 = jnp.array([1.0, 0.0])
     solve = lambda term, solver=RadauIIA(2): diffeqsolve(
-        term, DEER(solver), 0.0, 1.0, 0.1, y0
+        term, DEER(solver, Newton()), 0.0, 1.0, 0.1, y0
     )
     good = DAETerm(lambda t, y, dy, args: dy + y)
     for solver in (diffrax.Tsit5(), Obreshkov()):
@@ -601,7 +601,8 @@ SINGULAR = {
 def test_singular_equations_fail(which, name):
     """Where the second component is free, no number passes for an answer."""
     sol = diffeqsolve(
-        SINGULAR[which], DEER(ORDERS[name][0]), 0.0, 1.0, 0.25, jnp.array([1.0, 0.3]),
+        SINGULAR[which], DEER(ORDERS[name][0], Newton()), 0.0, 1.0, 0.25,
+        jnp.array([1.0, 0.3]),
         throw=False,
     )  # fmt: skip
     assert sol.result != diffrax.RESULTS.successful

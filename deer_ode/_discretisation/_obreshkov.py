@@ -259,6 +259,10 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         return self._combine(ys, start, end, num), B, C
 
     @property
+    def is_for_a_loop(self):
+        return False
+
+    @property
     def may_be_singular(self):
         return False
 
