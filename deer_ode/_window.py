@@ -272,7 +272,10 @@ class March:
         since = jnp.where(got_on | improves, 0, progress.since + 1)
         num_windows = progress.num_windows + got_on.astype(jnp.int32)
         failed = (since >= _PATIENCE) & (num_good < self.num_steps)
-        step = failed.astype(jnp.int32)
+        # The guess is suspected before the shortest window is.
+        is_last = rung == len(self.lengths) - 1
+        gives_way = failed & (progress.num_failures % 2 == 1) if is_last else failed
+        step = gives_way.astype(jnp.int32)
         if rung > 0:
             proof = self.lengths[rung - 1] * self._backoff(progress)
             step -= (~failed & (num_good - progress.entered >= proof)).astype(jnp.int32)
@@ -289,7 +292,7 @@ class March:
             num_failures=progress.num_failures + failed.astype(jnp.int32),
             damping=jnp.where(failed, 0, progress.damping),
         )
-        return _where(step != 0, changed, progress)
+        return _where(failed | (step != 0), changed, progress)
 
     def _enter(self, rung, progress):
         num_good = progress.num_good
