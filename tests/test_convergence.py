@@ -74,7 +74,9 @@ def check(problem, method, expected, bound):
     step_again = eqx.filter_jit(problem.again)
     left = distance(np.asarray(step_again(problem.start, jnp.asarray(actual))), actual)
     scale = np.abs(expected[finite]).max(initial=0.0)
-    assert left.max() <= rounding() * scale, (method, left.max())
+    # The equations within a step of Kvaerno5 are solved to a relative 1e-10.
+    tolerance = 1e-9 if problem.name.endswith("Kvaerno5") else rounding()
+    assert left.max() <= tolerance * scale, (method, left.max())
     where = np.flatnonzero(~finite.all(axis=1))
     assert int(stats["first_nonfinite_step"]) == (where[0] if where.size else -1)
     return stats
