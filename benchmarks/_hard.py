@@ -66,7 +66,7 @@ class Problem:
     """Whether its steps are equations."""
 
 
-def _rounded_otherwise(y, key):
+def rounded_otherwise(y, key):
     change = 4 * jnp.finfo(y.dtype).eps
     return y * (1 + change * jr.uniform(key, y.shape, y.dtype, minval=-1.0))
 
@@ -118,7 +118,7 @@ def robertson(t, y, args):
     return jnp.stack([back - slow, slow - back - fast, fast])
 
 
-def inverse_square(t, y, args):
+def infinite_once(t, y, args):
     """A field that is infinite at one time, where a step begins."""
     del args
     return -y + jnp.where(t == 0.5, jnp.inf, 0.0)
@@ -162,7 +162,7 @@ def equation(name, field, y0, ts, solver, args=None) -> Problem:
 
         def step(y, inputs):
             index, key = inputs
-            y = _rounded_otherwise(recurrence.step(index, y), key)
+            y = rounded_otherwise(recurrence.step(index, y), key)
             return y, y
 
         count = grid.num_steps
@@ -234,7 +234,7 @@ def equations(shrink: int = 1) -> list[Problem]:
             problems.append(equation(label, field, y0, ts, solver, args))
     grid = np.linspace(0, 1, 65)
     problems += [
-        equation("infinite field", inverse_square, [1.0, 2.0], grid, tsit5),
+        equation("infinite field", infinite_once, [1.0, 2.0], grid, tsit5),
         equation("zero field", nothing, [1.0, 2.0], grid, tsit5),
         equation("zero field, Obreshkov", nothing, [1.0, 2.0], grid, Obreshkov()),
         equation("one step", lorenz, [1.0, 1.0, 1.0], [0.0, 0.01], tsit5),
@@ -264,7 +264,7 @@ def recurrence(name, step, start, xs) -> Problem:
     def noisy(start, key):
         def noisy_step(y, inputs):
             x, key = inputs
-            y = _rounded_otherwise(step(y, x), key)
+            y = rounded_otherwise(step(y, x), key)
             return y, y
 
         return lax.scan(noisy_step, start, (xs, jr.split(key, xs.shape[0])))[1]
@@ -283,7 +283,7 @@ def _gru(key, inputs: int, size: int, scale: float = 1.0):
     )
 
 
-def _signals(key, count: int, length: int):
+def signals(key, count: int, length: int):
     """Noisy oscillations of two frequencies, and which of them each is."""
     keys = jr.split(key, 3)
     labels = jr.bernoulli(keys[0], 0.5, (count,)).astype(jnp.int32)
@@ -324,7 +324,7 @@ def train_classifier(num_updates: int, length: int, size: int = 8):
 
     @eqx.filter_jit
     def update(model, state, key):
-        gradient = eqx.filter_grad(loss)(model, *_signals(key, 32, length))
+        gradient = eqx.filter_grad(loss)(model, *signals(key, 32, length))
         changes, state = optimiser.update(gradient, state)
         return eqx.apply_updates(model, changes), state
 
@@ -334,21 +334,21 @@ def train_classifier(num_updates: int, length: int, size: int = 8):
     with jax.numpy_dtype_promotion("standard"):
         for key in jr.split(keys[6], num_updates):
             model, state = update(model, state, key)
-    xs, labels = _signals(jr.key(1), 128, length)
+    xs, labels = signals(jr.key(1), 128, length)
     guessed = jnp.argmax(jax.vmap(ft.partial(logits, model))(xs), axis=1)
     return model[0], float(np.mean(np.asarray(guessed) == np.asarray(labels)))
 
 
 def classifier(num_updates: int, length: int) -> Problem:
     cells, accuracy = train_classifier(num_updates, length)
-    xs = _signals(jr.key(2), 1, length)[0][0]
+    xs = signals(jr.key(2), 1, length)[0][0]
 
     def twin(xs, key=None):
         for cell in cells:
             init = jnp.zeros(cell.hidden_size, xs.dtype)
             step = lambda y, x, cell=cell: (cell(x, y),) * 2
             xs = lax.scan(step, init, xs)[1]
-            xs = xs if key is None else _rounded_otherwise(xs, key)
+            xs = xs if key is None else rounded_otherwise(xs, key)
         return xs
 
     # Of many layers only the first could be taken again: all of them are.

@@ -107,8 +107,8 @@ def scan_from_zero(A: Propagators, b: _Steps, reverse: bool = False) -> _Steps:
     """
     if b.size == 0:
         return b
-    if _is_rectangular(A, b):
-        return _from_tail(scan_from_zero, A, b, reverse)
+    if is_rectangular(A, b):
+        return from_tail(scan_from_zero, A, b, reverse)
     if isinstance(A, Blocks) and A.order is not None:
         parts = scan_from_zero(A.split(), A.order.split(b), reverse)
         return A.order.join(parts)
@@ -120,22 +120,22 @@ def scan_from_zero(A: Propagators, b: _Steps, reverse: bool = False) -> _Steps:
     )
 
 
-def _is_rectangular(A: Propagators, b: _Steps) -> TypeGuard[Array]:
+def is_rectangular(A: Propagators, b: _Steps) -> TypeGuard[Array]:
     return _is_dense(A, b) and A.shape[-1] < b.shape[-1]
 
 
-def _from_tail(solve, A: Array, b: _Steps, reverse: bool) -> _Steps:
+def from_tail(solve, A: Array, b: _Steps, reverse: bool = False) -> _Steps:
     """A recurrence in which only the last entries of a state pass on to the next.
 
     Those are a recurrence of their own; the others follow from it, all at once.
     """
     num_heads = b.shape[-1] - A.shape[-1]
     tails = solve(A[:, num_heads:], b[:, num_heads:], reverse)
-    heads = apply(A[:, :num_heads], _shift(tails, reverse)) + b[:, :num_heads]
+    heads = apply(A[:, :num_heads], shift(tails, reverse)) + b[:, :num_heads]
     return jnp.concatenate([heads, tails], axis=-1)
 
 
-def _shift(stack, reverse: bool):
+def shift(stack, reverse: bool = False):
     """The neighbour that each step starts from, with zero before the first."""
 
     def shift(x):
@@ -149,15 +149,15 @@ def affine_solve(A: Propagators, b: _Steps, reverse: bool = False) -> _Steps:
     """As `scan_from_zero`, and differentiable to any order in `A` and `b`."""
     if b.size == 0:
         return b
-    if _is_rectangular(A, b):
-        return _from_tail(affine_solve, A, b, reverse)
+    if is_rectangular(A, b):
+        return from_tail(affine_solve, A, b, reverse)
     if isinstance(A, Blocks) and A.order is not None:
         return A.order.join(affine_solve(A.split(), A.order.split(b), reverse))
     # The transpose of "multiply the neighbour by mine" is "multiply by the
     # neighbour's, transposed".
-    A_transpose = _transpose(_shift(A, not reverse), b)
+    A_transpose = _transpose(shift(A, not reverse), b)
     return lax.custom_linear_solve(
-        lambda ys: ys - apply(A, _shift(ys, reverse)),
+        lambda ys: ys - apply(A, shift(ys, reverse)),
         b,
         solve=lambda _, b: scan_from_zero(A, b, reverse),
         transpose_solve=lambda _, b: scan_from_zero(A_transpose, b, not reverse),

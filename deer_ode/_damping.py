@@ -12,6 +12,7 @@ means are two affine recurrences, one forward and one backward.
 """
 
 import abc
+import functools as ft
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,17 +23,16 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
-from ._affine import apply, scan_from_zero
+from ._affine import apply, from_tail, is_rectangular, multiply, scan_from_zero, shift
 from ._blocks import Blocks
 from ._custom_types import Propagators, Trajectory
+from ._misc import ROUNDING_UNITS
 
 
 # Of the decrease that the linear model predicts, what is enough to go on, and what
 # shows that the model can be trusted further. The usual choice.
 _ENOUGH = 1e-3
 _PLENTY = 0.75
-
-_ROUNDING_UNITS = 64
 
 _FIRST = 1e-2
 _FACTOR = 8.0
@@ -133,11 +133,11 @@ class LevenbergMarquardt(AbstractDamping):
     with $s$ the size of each entry of the state, by a Kalman smoother in $O(\log T)$
     depth and, beside what plain Newton costs, a constant number of products of matrices
     like $A_i$ a step. $\lambda$ begins at zero, so that nothing is damped while the sum
-    of squared residuals falls; where it does not, or falls by less than a thousandth of
+    of squared residuals falls. Where it does not, or falls by less than a thousandth of
     what the linear model predicts, $\lambda$ is raised eightfold and the same
-    linearisation is used again; where it falls by three quarters or more, $\lambda$ is
-    lowered eightfold. Where no
-    $\lambda$ helps, the first state that is not right is set right.
+    linearisation is used again; where it falls by three quarters of that or more,
+    $\lambda$ is lowered eightfold. Where no $\lambda$ helps, the first state that is
+    not right is set right.
 
     ??? cite "References"
 
@@ -154,7 +154,7 @@ class LevenbergMarquardt(AbstractDamping):
         before = _merit(residual, size)
         # Rounding does not fall.
         eps = float(jnp.finfo(residual.dtype).eps)
-        noise = _ROUNDING_UNITS * eps * residual.size**0.5
+        noise = (ROUNDING_UNITS * eps) ** 2 * residual.size
 
         def attempt(carry):
             trial, lam, _, _ = carry
@@ -163,7 +163,7 @@ class LevenbergMarquardt(AbstractDamping):
             )
             predicted = _merit(_linear_residual(A, residual, delta), size)
             after = _merit(residual_at(delta), size)
-            ratio = (before**2 - after**2) / (before**2 - predicted**2)
+            ratio = (before - after) / (before - predicted)
             # Written so that NaN is no success.
             fine = (ratio >= _ENOUGH) | (after <= noise)
             raised = jnp.maximum(lam * _FACTOR, _FIRST)
@@ -185,13 +185,12 @@ class LevenbergMarquardt(AbstractDamping):
 
 
 def _merit(residual: Trajectory, size: Float[Array, "1 state"]) -> Float[Array, ""]:
-    # The root of the sum of squares overflows later than the sum.
-    return jnp.linalg.norm(residual / size)
+    """The sum of squares, which is to fall."""
+    return jnp.sum((residual / size) ** 2)
 
 
 def _linear_residual(A: Propagators, residual, delta):
-    before = jnp.concatenate([jnp.zeros_like(delta[:1]), delta[:-1]])
-    return apply(A, before) + residual - delta
+    return apply(A, shift(delta)) + residual - delta
 
 
 def smooth(
@@ -201,18 +200,10 @@ def smooth(
     size: Float[Array, "1 state"],
 ) -> Trajectory:
     """The damped correction for one value of `lam`."""
-    num_heads = residual.shape[-1]
-    if not isinstance(A, Blocks) and A.ndim == 3:
-        num_heads -= A.shape[-1]
-        if num_heads > 0:
-            # Only the last entries pass on; the others follow from those.
-            tails = smooth(
-                A[:, num_heads:], residual[:, num_heads:], lam, size[:, num_heads:]
-            )
-            before = jnp.concatenate([jnp.zeros_like(tails[:1]), tails[:-1]])
-            heads = apply(A[:, :num_heads], before) + residual[:, :num_heads]
-            return jnp.concatenate([heads, tails], axis=-1)
-    size = jnp.broadcast_to(size[:, -residual.shape[-1] :], residual[:1].shape)
+    if is_rectangular(A, residual):
+        # Only the last entries are damped; the others follow from those.
+        tail_size = size[:, -A.shape[-1] :]
+        return from_tail(lambda A, r, _: smooth(A, r, lam, tail_size), A, residual)
     if isinstance(A, Blocks):
         order = A.order
         assert order is not None
@@ -231,14 +222,8 @@ def smooth(
     return _smooth_dense(A, residual, lam, size)
 
 
-_HIGHEST = lax.Precision.HIGHEST
-
-
 def _product(*factors):
-    out = factors[0]
-    for factor in factors[1:]:
-        out = jnp.matmul(out, factor, precision=_HIGHEST)
-    return out
+    return ft.reduce(multiply, factors)
 
 
 def _inverse(M):
@@ -256,25 +241,19 @@ def _smooth_dense(A, r, lam, size):
     eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
     # The first state is known.
     P = _covariances(A, lam)
-    before = jnp.concatenate([jnp.zeros_like(P[:1]), P[:-1]])
-    predicted = (_product(A, before, _transposed(A)) + eye).at[0].set(0)
+    predicted = (_product(A, shift(P), _transposed(A)) + eye).at[0].set(0)
     gain = _inverse(eye + lam * predicted)
-    mean = scan_dense(_product(gain, A), _dot(gain, r))
-    A_next = jnp.concatenate([A[1:], jnp.zeros_like(A[:1])])
+    mean = scan_dense(_product(gain, A), apply(gain, r))
+    A_next, r_next = shift(A, reverse=True), shift(r, reverse=True)
     predicted_next = jnp.concatenate([predicted[1:], eye[:1]])
     G = _product(P, _transposed(A_next), _inverse(predicted_next))
-    r_next = jnp.concatenate([r[1:], jnp.zeros_like(r[:1])])
-    inputs = mean - _dot(G, _dot(A_next, mean) + r_next)
+    inputs = mean - apply(G, apply(A_next, mean) + r_next)
     return scan_dense(G, inputs, reverse=True) * size
-
-
-def _dot(M, v):
-    return jnp.matmul(M, v[..., None], precision=_HIGHEST)[..., 0]
 
 
 def scan_dense(A, b, reverse: bool = False):
     """`scan_from_zero` for any number of systems side by side."""
-    for _ in range(b.ndim - 2):
+    if b.ndim > 2:
         # The innermost batch axis becomes the last one, and is mapped over.
         return jax.vmap(lambda A, b: scan_dense(A, b, reverse), in_axes=1, out_axes=1)(
             A, b

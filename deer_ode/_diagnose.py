@@ -7,42 +7,26 @@ many times as large later.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.core
-import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
-from diffrax._term import WrapTerm
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from ._auto import Auto
 from ._custom_types import Trajectory as TrajectoryArray
-from ._damping import Undamped
 from ._diagnosis import Diagnosis, Findings, bin_ends, recommend
-from ._discretisation import (
-    AbstractImplicitTerm,
-    Grid,
-    consistent_initial_values,
-    discretise,
-)
 from ._growth import largest_growth, log_growth
-from ._integrate import diffeqsolve
-from ._linearisation import AbstractLinearisation, Dense, Exact
-from ._method import AbstractMethod
-from ._misc import StateFlattener, hold_last_good, is_reasonable, leading_true
-from ._newton import ROUNDING_UNITS, Newton
-from ._predictor import AbstractPredictor, Trajectory
+from ._linearisation import Dense, Exact
+from ._misc import ROUNDING_UNITS, is_reasonable
+from ._newton import Newton
+from ._problem import Problem, find_problem
 from ._recurrence import AbstractRecurrence
-from ._scan import make_recurrence, scan, solve_recurrence
-from ._solver import DEER
+from ._window import Progress
 
 
 # A guess with fewer digits right than this is as good as none: it is off by half of
@@ -50,191 +34,7 @@ from ._solver import DEER
 _WORST_GUESS = 0.3
 
 
-# --- what is asked for --------------------------------------------------------------
-
-
-class _Problem(NamedTuple):
-    """A recurrence, where its steps are, and how to iterate."""
-
-    recurrence: AbstractRecurrence
-    newton: Newton
-    points: np.ndarray
-    """Where each step starts, and where the last one ends."""
-    unit: str
-    """What `points` count: time or steps."""
-
-
-def _plain(method: AbstractMethod, guess: AbstractPredictor | None) -> Newton:
-    """Newton's method as `method` has it, without what helps it."""
-    newton = method.newton if isinstance(method, Auto) else method
-    if not isinstance(newton, Newton):
-        newton = Newton(guess=method.guess)
-    newton = dataclasses.replace(newton, damping=Undamped(), window=None)
-    return newton if guess is None else newton.start_from(guess)
-
-
-def _check_concrete(arguments: dict) -> None:
-    for name, value in arguments.items():
-        if any(isinstance(x, jax.core.Tracer) for x in jtu.tree_leaves(value)):
-            raise ValueError(
-                f"`diagnose` looks at numbers, but `{name}` is traced: call it outside "
-                "`jax.jit`, `jax.vmap` and `jax.grad`, on one example."
-            )
-
-
-def _check_solver(solver) -> None:
-    if type(solver) is not DEER:
-        raise ValueError(
-            "`diagnose` looks at solves that are parallel in time: "
-            f"`DEER({type(solver).__name__}())` in place of "
-            f"`{type(solver).__name__}()`."
-        )
-    if solver.num_substeps is not None:
-        raise ValueError(
-            "`diagnose` looks at a whole interval at once, not at the windows of "
-            f"`DEER(..., num_substeps={solver.num_substeps})`. Leave `num_substeps` "
-            "out, and give one window as the interval (`t0`, `t1`) and one of its "
-            "sub-steps as `dt0`."
-        )
-
-
-def _check_controller(controller) -> None:
-    if not isinstance(controller, diffrax.ConstantStepSize | diffrax.StepTo):
-        raise ValueError(
-            "`diagnose` needs to know the steps beforehand: `ConstantStepSize()` or "
-            f"`StepTo(ts)`; got `{type(controller).__name__}(...)`. The steps that it "
-            "would choose come from a sequential solve with `SaveAt(t0=True, "
-            "steps=True)`: give its `ts` to `StepTo`."
-        )
-
-
-def _even_points(t0, t1, dt0, dtype) -> np.ndarray:
-    """Diffrax's rule: the first step is `dt0` long, the others divide evenly."""
-    length = abs(t1 - t0)
-    # The next number, so that rounding of `dt0` makes no extra step.
-    longest = np.nextafter(abs(dt0), dtype.type(np.inf))
-    count = max(1, int(np.ceil(length / longest)))
-    points = t0 + (t1 - t0) * (np.arange(count + 1).astype(dtype) / dtype.type(count))
-    points[-1] = t1
-    if count > 1:
-        points[1] = t0 + dt0
-    return points
-
-
-def _given_points(ts, t0, t1) -> np.ndarray:
-    direction = 1 if t0 < t1 else -1
-    if ts[0] != t0 or ts[-1] != t1 or not np.all(np.diff(ts) * direction > 0):
-        raise ValueError(
-            "`StepTo(ts)` must go from `t0` to `t1` without turning back; got "
-            f"t0={t0}, t1={t1} and ts={ts}."
-        )
-    return ts
-
-
-def _points(arguments: dict) -> np.ndarray:
-    """The grid as Diffrax makes it, forwards or backwards in time."""
-    controller = arguments["stepsize_controller"]
-    t0, t1, dt0 = (arguments[name] for name in ("t0", "t1", "dt0"))
-    saveat = arguments["saveat"]
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=lambda x: hasattr(x, "ts"))
-    given = [t0, t1, dt0, *(sub.ts for sub in subs)]
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*(t for t in given if t is not None))
-    if not jnp.issubdtype(dtype, jnp.floating):
-        dtype = jnp.result_type(float)
-    dtype = np.dtype(dtype)
-    t0, t1 = dtype.type(t0), dtype.type(t1)
-    if t0 == t1 or not np.isfinite(t1 - t0):
-        raise ValueError(
-            f"`diagnose` needs an interval of finite length; got t0={t0}, t1={t1}."
-        )
-    if isinstance(controller, diffrax.StepTo):
-        return _given_points(np.asarray(controller.ts).astype(dtype), t0, t1)
-    return _even_points(t0, t1, dtype.type(dt0), dtype)
-
-
-def _differential_equation(arguments: dict) -> _Problem:
-    solver = arguments["solver"]
-    points = _points(arguments)
-    args, terms, y0 = (arguments[name] for name in ("args", "terms", "y0"))
-    if isinstance(terms, AbstractImplicitTerm):
-        y0 = consistent_initial_values(terms, arguments["t0"], y0, args).y0
-    with jax.numpy_dtype_promotion("standard"):
-        y0 = jtu.tree_map(
-            lambda y: jnp.asarray(y, jnp.result_type(y, points.dtype)), y0
-        )
-    # Time runs forwards for Diffrax's solvers; the terms know better.
-    direction = jnp.where(points[0] < points[-1], 1, -1)
-    terms = jtu.tree_map(
-        lambda term: WrapTerm(term, direction),
-        terms,
-        is_leaf=lambda x: (
-            isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
-        ),
-    )
-    grid = Grid.from_points(jnp.asarray(points) * direction)
-    recurrence = discretise(solver.solver, terms, grid, y0, args).recurrence
-    guess = None
-    if arguments["solver_state"] is not None:
-        ys = arguments["solver_state"].ys
-        if ys.shape[0] > 0:
-            guess = Trajectory(jax.vmap(StateFlattener(y0).unflatten)(ys))
-    return _Problem(recurrence, _plain(solver.method, guess), points, "time")
-
-
-def _recurrence(arguments: dict) -> _Problem:
-    f, init, xs, length, reverse, guess = (
-        arguments[name] for name in ("f", "init", "xs", "length", "reverse", "guess")
-    )
-    carry, _ = jax.eval_shape(lambda init: lax.scan(f, init, xs, length), init)
-    init = jtu.tree_map(lambda x, s: jnp.asarray(x, s.dtype), init, carry)
-    xs = jtu.tree_map(jnp.asarray, xs)
-    num_steps = jtu.tree_leaves(xs)[0].shape[0] if length is None else int(length)
-    if num_steps == 0 or len(jtu.tree_leaves(init)) == 0:
-        raise ValueError(
-            f"There is nothing to diagnose: {num_steps} steps of a carry of "
-            f"{len(jtu.tree_leaves(init))} arrays."
-        )
-    if guess is not None and not isinstance(guess, AbstractPredictor):
-        guess = Trajectory(guess)
-    points = np.arange(-1.0, num_steps)
-    if reverse:
-        flip = lambda tree: jtu.tree_map(lambda x: x[::-1], tree)
-        points = num_steps - 1 - points
-        xs, guess = flip(xs), flip(guess) if isinstance(guess, Trajectory) else guess
-    recurrence = make_recurrence(f, init, xs, num_steps)
-    return _Problem(recurrence, _plain(arguments["method"], guess), points, "step")
-
-
-def _problem(solve, args, kwargs) -> _Problem:
-    is_equation = solve is diffeqsolve
-    if not is_equation and solve is not scan and solve is not solve_recurrence:
-        raise ValueError(
-            "`diagnose(solve, ...)` takes `deer_ode.diffeqsolve`, `deer_ode.scan` or "
-            f"`deer_ode.solve_recurrence` and the arguments of its call; got {solve!r}."
-        )
-    bound = inspect.signature(solve).bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = bound.arguments
-    _check_concrete(arguments)
-    if is_equation:
-        _check_solver(arguments["solver"])
-        _check_controller(arguments["stepsize_controller"])
-    # The errors are those of the call because it is the call that is checked.
-    eqx.filter_eval_shape(lambda: solve(*args, **kwargs))
-    return _differential_equation(arguments) if is_equation else _recurrence(arguments)
-
-
 # --- the iteration ------------------------------------------------------------------
-
-
-class _Iteration(NamedTuple):
-    """What one iteration made, and what it saw before it."""
-
-    ys: TrajectoryArray
-    errors: Float[Array, " bins"]
-    num_good: Int[Array, ""]
-    stuck: Any
 
 
 def _largest_in_bins(errors):
@@ -254,26 +54,29 @@ def _largest_in_bins(errors):
 
 
 @eqx.filter_jit
-def _start(newton: Newton, recurrence: AbstractRecurrence):
-    ys = newton.guess(recurrence).astype(recurrence.y0.dtype)
-    return hold_last_good(recurrence.y0, ys, is_reasonable(ys))
+def _begin(newton: Newton, recurrence: AbstractRecurrence) -> Progress:
+    return newton.march(recurrence).begin()
 
 
 @eqx.filter_jit
-def _iterate(
-    newton: Newton,
-    recurrence: AbstractRecurrence,
-    linearisation: AbstractLinearisation,
-    ys: TrajectoryArray,
-) -> _Iteration:
-    largest, undamped = jnp.abs(recurrence.y0), jnp.zeros((), ys.dtype)
-    none = jnp.asarray(0, jnp.int32)
-    updated = newton.update(linearisation, recurrence, ys, largest, undamped, none)
-    num_good, num_steps = leading_true(updated.good), recurrence.num_steps
-    # From a state that is right the next step is not a number: nor is the answer.
-    next_residual = updated.residual[jnp.minimum(num_good, num_steps - 1)]
-    stuck = (num_good < num_steps) & ~jnp.all(jnp.isfinite(next_residual))
-    return _Iteration(updated.ys, _largest_in_bins(updated.error), num_good, stuck)
+def _iterate(newton: Newton, recurrence: AbstractRecurrence, progress: Progress):
+    """One iteration, and the largest errors before it."""
+    march = newton.march(recurrence)
+    # As if no step were known: the errors of all are to be seen.
+    nothing = jnp.asarray(0, jnp.int32)
+    updated = march.update(
+        recurrence, progress.ys, progress.largest, progress.damping, nothing
+    )
+    progress = march.advance(progress, updated, 0, recurrence.num_steps)
+    return progress, _largest_in_bins(updated.error)
+
+
+@eqx.filter_jit
+def _finish(newton: Newton, recurrence: AbstractRecurrence, progress: Progress):
+    """How far the trajectory is the sequential one, and all of that."""
+    march = newton.march(recurrence)
+    progress = march.check(progress)
+    return progress.num_good, march.take_steps(progress).ys
 
 
 class _Run(NamedTuple):
@@ -290,58 +93,35 @@ class _Run(NamedTuple):
     """Where the iteration found another solution of the steps' equations."""
 
 
-@eqx.filter_jit
-def _finish(recurrence: AbstractRecurrence, ys, num_good):
-    """The steps after the first `num_good`, one after the other."""
-
-    def step(y, inputs):
-        index, known = inputs
-        y = lax.cond(index < num_good, lambda: known, lambda: recurrence.step(index, y))
-        return y, y
-
-    indices = jnp.arange(recurrence.num_steps, dtype=jnp.int32)
-    return lax.scan(step, recurrence.y0, (indices, ys))[1]
-
-
-def _run(problem: _Problem, max_iterations: int) -> _Run:
+def _run(problem: Problem, max_iterations: int) -> _Run:
     recurrence, newton = problem.recurrence, problem.newton
-    num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
-    linearisation = recurrence.choose(newton.linearisation)
-    linearisation.check_size(num_steps, state_size, recurrence.y0.dtype)
-    guess = ys = _start(newton, recurrence)
+    progress = _begin(newton, recurrence)
+    guess = progress.ys
     residuals, num_good_steps = [], []
     for _ in range(max_iterations):
-        made = _iterate(newton, recurrence, linearisation, ys)
-        ys = made.ys
-        residuals.append(np.asarray(made.errors))
-        num_good_steps.append(int(made.num_good))
-        if num_good_steps[-1] == num_steps or bool(made.stuck):
+        progress, errors = _iterate(newton, recurrence, progress)
+        residuals.append(np.asarray(errors))
+        num_good_steps.append(int(progress.num_good))
+        if num_good_steps[-1] == recurrence.num_steps or bool(progress.is_stuck):
             break
-    num_right = num_good_steps[-1]
-    is_answer = recurrence.is_sequential_answer(ys)
-    if is_answer is not None:
-        num_right = min(num_right, int(leading_true(is_answer)))
-    answer = ys
-    if num_right < num_steps:
-        answer = _finish(recurrence, ys, jnp.asarray(num_right, jnp.int32))
+    num_right, answer = _finish(newton, recurrence, progress)
     return _Run(
         np.stack(residuals),
         np.asarray(num_good_steps),
         guess,
-        ys,
+        progress.ys,
         answer,
-        num_right if num_right < num_good_steps[-1] else None,
+        int(num_right) if int(num_right) < num_good_steps[-1] else None,
     )
 
 
 # --- what comes of it ---------------------------------------------------------------
 
 
-def _perturbation(problem: _Problem, answer: TrajectoryArray) -> np.ndarray | None:
+def _perturbation(problem: Problem, answer: TrajectoryArray) -> np.ndarray | None:
     """Growth from step to step; `None` where that takes too much memory."""
-    recurrence, linearisation = problem.recurrence, problem.newton.linearisation
-    is_exact = isinstance(linearisation, Dense | Exact)
-    exact = recurrence.choose(linearisation if is_exact else Exact())
+    recurrence = problem.recurrence
+    exact = recurrence.choose(problem.newton.exact_linearisation)
     try:
         exact.check_size(answer.shape[0], answer.shape[1], answer.dtype)
     except ValueError:
@@ -360,12 +140,12 @@ def _error(ys: TrajectoryArray, answer: TrajectoryArray) -> float:
     return float(np.max(error[largest > 0] / largest[largest > 0], initial=0))
 
 
-def _num_digits(problem: _Problem) -> float:
+def _num_digits(problem: Problem) -> float:
     """Of the least precise entry of the state."""
     return -math.log10(max(problem.recurrence.eps))
 
 
-def _most_growth(problem: _Problem) -> float:
+def _most_growth(problem: Problem) -> float:
     """How many digits may be lost before rounding makes corrections too large.
 
     A correction passes that is right to half the digits; where tolerances are given
@@ -376,7 +156,7 @@ def _most_growth(problem: _Problem) -> float:
     return _num_digits(problem) / (2 if is_default else 1)
 
 
-def _predict(problem: _Problem, guess_error: float, growth: float) -> int | None:
+def _predict(problem: Problem, guess_error: float, growth: float) -> int | None:
     """See `diagnose`. An unknown growth is taken for none."""
     if growth > _most_growth(problem):
         return None
@@ -480,11 +260,11 @@ def diagnose(
             "`diagnose(..., max_iterations=...)` must be a positive integer; got "
             f"{max_iterations!r}."
         )
-    problem = _problem(solve, args, kwargs)
+    problem = find_problem(solve, args, kwargs)
     return _report(problem, _run(problem, max_iterations))
 
 
-def _report(problem: _Problem, run: _Run) -> Diagnosis:
+def _report(problem: Problem, run: _Run) -> Diagnosis:
     points, num_good_steps = problem.points.astype(np.float64), run.num_good_steps
     num_steps = len(points) - 1
     first_nonfinite = _first(np.asarray(~jnp.isfinite(run.answer).all(axis=1)))

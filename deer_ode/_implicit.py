@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 
 from ._affine import affine_solve
 from ._custom_types import Trajectory
-from ._linearisation import Dense
+from ._linearisation import AbstractLinearisation, Dense
 from ._method import AbstractMethod, TrajectorySolution
 from ._recurrence import AbstractRecurrence, Recurrence
 
@@ -52,7 +52,12 @@ def _solve_jvp(primals, tangents):
     return solution, t_solution._replace(ys=t_ys)
 
 
-def _response(recurrence: AbstractRecurrence, exact, ys: Trajectory, tangent: Any):
+def _response(
+    recurrence: AbstractRecurrence,
+    exact: AbstractLinearisation,
+    ys: Trajectory,
+    tangent: Any,
+) -> Trajectory:
     """How the solution `ys` answers a change of the leaves of `recurrence`."""
     num_steps, state_size = ys.shape
 

@@ -21,29 +21,36 @@ def _static(x, dtype):
     """`x` as a number known while tracing, or `None`."""
     if isinstance(x, jax.core.Tracer):
         return None
-    return np.asarray(x).astype(dtype)
+    return np.asarray(x).astype(dtype)[()]
+
+
+def time_dtype(t0, t1, dt0, saveat: diffrax.SaveAt) -> np.dtype:
+    """The dtype in which Diffrax computes times; `dt0` may be `None`."""
+    subs = jtu.tree_leaves(saveat.subs, is_leaf=lambda x: hasattr(x, "ts"))
+    times = [t0, t1, dt0, *(sub.ts for sub in subs)]
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.result_type(*(t for t in times if t is not None))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        dtype = jnp.result_type(float)
+    return np.dtype(dtype)
+
+
+def num_even_steps(t0: np.floating, t1: np.floating, dt0: np.floating) -> int:
+    """How many steps `ConstantStepSize` makes, by the rule of Diffrax's controller."""
+    # The next number, so that rounding of `dt0` makes no extra step.
+    longest = np.nextafter(abs(dt0), dt0.dtype.type(np.inf))
+    return max(1, int(np.ceil(abs(t1 - t0) / longest)))
 
 
 def _count_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> int | None:
-    """How many steps `ConstantStepSize` makes; `None` where that is not static.
-
-    The rule of Diffrax's controller, in the same precision.
-    """
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=lambda x: hasattr(x, "ts"))
-    times = [t0, t1, dt0] + [sub.ts for sub in subs if sub.ts is not None]
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*times)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        dtype = jnp.result_type(float)
-    dtype = np.dtype(dtype)
+    """The same; `None` where it is not static, or makes no sense."""
+    dtype = time_dtype(t0, t1, dt0, saveat)
     t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
     if t0 is None or t1 is None or dt0 is None:
         return None
-    length, dt0 = abs(t1 - t0), abs(dt0)
-    if not np.isfinite(length) or not dt0 > 0:
+    if not np.isfinite(t1 - t0) or not abs(dt0) > 0:
         return None
-    # The next number, so that rounding of `dt0` makes no extra step.
-    return max(1, int(np.ceil(length / np.nextafter(dt0, dtype.type(np.inf)))))
+    return num_even_steps(t0, t1, dt0)
 
 
 def _solve_implicit(term: AbstractImplicitTerm, t0, y0: Y, args: Args, throw, solve):

@@ -28,20 +28,20 @@ from ._custom_types import State, Trajectory
 from ._damping import AbstractDamping, Undamped
 from ._linearisation import AbstractLinearisation, Dense, Exact
 from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
-from ._misc import finite, hold_last_good, is_reasonable, leading_true
+from ._misc import (
+    ROUNDING_UNITS,
+    finite,
+    hold_last_good,
+    is_reasonable,
+    leading_true,
+)
 from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractRecurrence
 from ._window import March, Progress, Updated, Window
 
 
-# Rounding of one step, in units of `eps * (|y| + |A| |y_previous|)`, was at most 25 on
-# the published reference problems (and below 5 on most), in both precisions. 64 is
-# above it, and the correction that is still applied after acceptance removes what this
-# leaves.
-ROUNDING_UNITS = 64
-
-# In the same units, but of the values, and where little is added up: a correction that
-# is all rounding.
+# In units of rounding of the values, where little is added up: a correction that is all
+# rounding.
 _CORRECTION_UNITS = 8
 
 
@@ -57,11 +57,11 @@ class Newton(AbstractMethod):
     has this size. (A step that is an equation $F_i(y_{i-1}, y_i) = 0$ is accepted when
     $|F_i|$ is small beside $|B_i| |y_i| + |C_i| |y_{i-1}|$, with its Jacobians $B_i$
     and $C_i$. Where a step is a map that is no differential equation's, the largest
-    entry of the last few states stands for $|y_i|$.) Unless `rtol` or `atol` is given,
-    the correction $\delta_i$ has to be small beside the states as well, since small
-    residuals may add up. The solve is converged when every step is; a residual that is
-    not a number is never small. The correction belonging to the accepted residual is
-    still applied.
+    entry of this state and the one before it stands for $|y_i|$.) Unless `rtol` or
+    `atol` is given, the correction $\delta_i$ has to be small beside the states as
+    well, since small residuals may add up. The solve is converged when every step is; a
+    residual that is not a number is never small. The correction belonging to the
+    accepted residual is still applied.
 
     Non-finite iterates do no harm: every step from the first such state on restarts
     from the last good one.
@@ -137,11 +137,11 @@ class Newton(AbstractMethod):
         if recurrence.num_steps == 0 or recurrence.y0.shape[0] == 0:
             return solve_sequentially(recurrence)
         if self.window is None:
-            return self._march(recurrence, None).run(self.fallback)
+            return self.march(recurrence).run(self.fallback)
         on_cpu, elsewhere = (
             self.window.lengths(recurrence.num_steps, x) for x in (True, False)
         )
-        run = lambda lengths: self._march(recurrence, lengths).run(self.fallback)
+        run = lambda lengths: self.march(recurrence, lengths).run(self.fallback)
         if is_cpu is not None or on_cpu == elsewhere:
             return run(on_cpu if is_cpu else elsewhere)
         return lax.platform_dependent(
@@ -154,10 +154,13 @@ class Newton(AbstractMethod):
         """The iteration over all steps, from `ys` or else from the guess: what it ended
         with, converged or not.
         """
-        march = self._march(recurrence, None)
+        march = self.march(recurrence)
         return march.iterate(march.begin(ys))
 
-    def _march(self, recurrence, lengths):
+    def march(
+        self, recurrence: AbstractRecurrence, lengths: tuple[int, ...] | None = None
+    ) -> March:
+        """Windows of given lengths; or all steps at once, and until the bitter end."""
         num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
         linearisation = recurrence.choose(self.linearisation)
         is_patient = lengths is None

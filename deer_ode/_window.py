@@ -3,7 +3,7 @@ r"""Which part of a trajectory is iterated on: all of it, or windows that move a
 Iterations follow the horizon, not the number of steps. Over a short window Newton's
 method needs a few of them whatever comes later, and where a window's worth of the
 trajectory is right the window moves on. It always begins at the first step that is not
-right yet, so nothing is solved for twice.
+right yet: what is right is not solved for again.
 """
 
 import dataclasses
@@ -42,10 +42,11 @@ class Window(eqx.Module):
     A window begins at the first step that is not right yet and moves on as steps become
     right. States that enter it are guessed from the end of the window as it is then, by
     the method's own predictor. If it has neither moved on by a quarter of its length
-    nor halved the residual in 8 iterations, a shorter window takes over; if the
-    shortest one fails, as many steps as it is long are taken sequentially. After a
-    failure the longer window is tried again once the shorter one has covered its
-    length, the next time twice that, and so on, so that trying in vain costs little.
+    nor halved the residual in 8 iterations, a shorter window takes over. The shortest
+    one gets a second chance, from the last state that is right, held constant; if that
+    fails too, as many steps as it is long are taken sequentially. After a failure the
+    longer window is tried again once the shorter one has covered its length, the next
+    time twice that, and so on, so that trying in vain costs little.
 
     ??? cite "References"
 
@@ -233,6 +234,18 @@ class March:
             ys = lax.dynamic_slice_in_dim(progress.ys, start, length)
         num_known = progress.num_good - start
         updated = self.update(part, ys, progress.largest, progress.damping, num_known)
+        progress = self.advance(progress, updated, start, length)
+        return self._adapt(rung, progress, jnp.max(updated.error))
+
+    def advance(
+        self,
+        progress: Progress,
+        updated: Updated,
+        start: Int[Array, ""] | int,
+        length: int,
+    ) -> Progress:
+        """With what an iteration made of `length` steps from `start` on."""
+        num_steps = self.num_steps
         num_good = start + leading_true(updated.good)
         steps = start + jnp.arange(length, dtype=jnp.int32)
         is_new = ((steps >= progress.num_good) & (steps < num_good))[:, None]
@@ -244,7 +257,7 @@ class March:
         new_ys = updated.ys
         if length != num_steps:
             new_ys = lax.dynamic_update_slice_in_dim(progress.ys, new_ys, start, 0)
-        progress = progress._replace(
+        return progress._replace(
             ys=new_ys,
             num_good=num_good,
             largest=jnp.maximum(
@@ -259,7 +272,6 @@ class March:
             most_damping=jnp.maximum(progress.most_damping, updated.damping),
             is_stuck=is_stuck,
         )
-        return self._adapt(rung, progress, jnp.max(updated.error))
 
     def _adapt(self, rung, progress, error):
         """Which window comes next."""

@@ -103,6 +103,22 @@ def van_der_pol(t, y, mu):
     return jnp.stack([v, mu * (1 - x**2) * v - x])
 
 
+def tanh_cell(weights, y, x):
+    return jnp.tanh(weights @ y + x)
+
+
+def tanh_network(num_steps, size=3, gain=1.0, seed=0):
+    """Weights, where to start from, and inputs."""
+    keys = jr.split(jr.key(seed), 3)
+    weights = gain * jr.normal(keys[0], (size, size)) / size**0.5
+    return weights, jr.normal(keys[1], (size,)), jr.normal(keys[2], (num_steps, size))
+
+
+def both(f):
+    """A step as `lax.scan` has it, from what makes a state of a state."""
+    return lambda y, x: (f(y, x),) * 2
+
+
 # A root finder that goes on to rounding, so that solvers agree beyond its tolerance.
 ROOT_FINDER = optx.Newton(rtol=1e-12, atol=1e-12, norm=optx.max_norm)
 

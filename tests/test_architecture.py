@@ -28,11 +28,11 @@ MAX_LINES = 600
 #: Private modules of other libraries, by the modules that rest on them. Each is a
 #: reason for care when that library moves; none is added lightly.
 PRIVATE = {
-    "_diagnose": {"diffrax._term"},
     "_discretisation._implicit_terms": {"diffrax._term"},
     "_discretisation._obreshkov": {"diffrax._term"},
     "_discretisation._step_map": {"equinox._errors"},
     "_parallel_adjoint": {"diffrax._integrate", "diffrax._misc"},
+    "_problem": {"diffrax._term"},
     "_saving": {"diffrax._integrate"},
     "_solver": {"diffrax._term"},
 }

@@ -79,7 +79,6 @@ def check(problem, method, expected, bound):
     assert left.max() <= tolerance * scale, (method, left.max())
     where = np.flatnonzero(~finite.all(axis=1))
     assert int(stats["first_nonfinite_step"]) == (where[0] if where.size else -1)
-    return stats
 
 
 @pytest.mark.parametrize(
@@ -91,8 +90,7 @@ def test_hard_dynamics(name):
     expected = np.asarray(eqx.filter_jit(problem.twin)(problem.start))
     bound = bound_of_rounding(problem, expected)
     for method in (Auto(), Newton()):
-        stats = check(problem, method, expected, bound)
-        assert int(stats["num_fallback_steps"]) <= expected.shape[0]
+        check(problem, method, expected, bound)
 
 
 @pytest.mark.slow
@@ -118,7 +116,7 @@ def test_trained_network():
     """Five layers that do what they were trained for."""
     cells, accuracy = _hard.train_classifier(80, 60, 4)
     assert accuracy >= 0.8
-    xs = _hard._signals(jr.key(2), 1, 60)[0][0]
+    xs = _hard.signals(jr.key(2), 1, 60)[0][0]
     expected = xs
     for cell in cells:
         twice = lambda y, x, cell=cell: (cell(x, y),) * 2
@@ -158,7 +156,7 @@ def many(key, gain, kind, method):
 
         def noisy(y, inputs):
             x, key = inputs
-            y = _hard._rounded_otherwise(step(y, x)[0], key)
+            y = _hard.rounded_otherwise(step(y, x)[0], key)
             return y, y
 
         sol = solve_recurrence(step, start, xs, method=method, throw=False)

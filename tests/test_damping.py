@@ -28,7 +28,7 @@ from deer_ode._damping import covariances_at_once, covariances_in_turn, smooth
 from deer_ode._misc import leading_true
 from deer_ode._scan import make_recurrence
 
-from .helpers import assert_close, rounding
+from .helpers import assert_close, both, rounding, tanh_cell, tanh_network
 
 
 # --- one correction -----------------------------------------------------------------
@@ -158,26 +158,17 @@ def test_covariances_at_once_are_those_in_turn(batch):
 # --- whole solves -------------------------------------------------------------------
 
 
-def cell(weights, y, x):
-    return jnp.tanh(weights @ y + x)
-
-
-def problem(num_steps=60, size=3, gain=1.0, seed=0):
-    keys = jr.split(jr.key(seed), 3)
-    weights = gain * jr.normal(keys[0], (size, size)) / size**0.5
-    return weights, jr.normal(keys[1], (size,)), jr.normal(keys[2], (num_steps, size))
+problem = ft.partial(tanh_network, 60)
 
 
 @eqx.filter_jit
 def solve(weights, y0, xs, method):
-    f = lambda y, x: (cell(weights, y, x), None)
-    return solve_recurrence(f, y0, xs, method=method)
+    return solve_recurrence(both(ft.partial(tanh_cell, weights)), y0, xs, method=method)
 
 
 @jax.jit
 def loop(weights, y0, xs):
-    f = lambda y, x: (cell(weights, y, x),) * 2
-    return lax.scan(f, y0, xs)[1]
+    return lax.scan(both(ft.partial(tanh_cell, weights)), y0, xs)[1]
 
 
 def test_nothing_is_damped_where_newton_converges():
@@ -193,7 +184,7 @@ def test_nothing_is_damped_where_newton_converges():
     np.testing.assert_array_equal(plain.carries, damped.carries)
 
 
-HARD = problem(num_steps=100, gain=2.5, seed=3)
+HARD = tanh_network(100, gain=2.5, seed=3)
 
 
 def test_a_hard_recurrence_is_damped_and_solved():
@@ -205,7 +196,7 @@ def test_a_hard_recurrence_is_damped_and_solved():
 
 
 def make(weights, y0, xs):
-    f = lambda y, x: (cell(weights, y, x), None)
+    f = both(ft.partial(tanh_cell, weights))
     return make_recurrence(f, y0, xs, xs.shape[0])
 
 
@@ -246,7 +237,7 @@ def test_scaled_by_nothing_is_the_fixed_point_iteration():
     ys = jr.normal(jr.key(9), inputs[2].shape)
     updated = update(inputs, ys, jnp.zeros(()), zero, Newton(damping=Scaled(0.0)))
     before = jnp.concatenate([inputs[1][None], ys[:-1]])
-    expected = jax.vmap(ft.partial(cell, inputs[0]))(before, inputs[2])
+    expected = jax.vmap(ft.partial(tanh_cell, inputs[0]))(before, inputs[2])
     assert_close(updated.ys, expected, rounding())
     assert int(leading_true(updated.good)) == 0
 
@@ -279,11 +270,10 @@ def test_small_residuals_that_add_up_do_not_pass_for_converged(num_steps, method
     method = eqx.tree_at(
         lambda m: m.damping, method, Scaled(0.0), is_leaf=lambda x: x is method.damping
     )
-    f = lambda y, x: (y + jnp.float32(1e-5) * jnp.sin(3 * y), None)
+    f = both(lambda y, x: y + jnp.float32(1e-5) * jnp.sin(3 * y))
     y0, xs = jnp.float32(0.9), jnp.zeros(num_steps, jnp.float32)
     sol = jax.jit(lambda: solve_recurrence(f, y0, xs, method=method))()
-    g = lambda y, x: (f(y, x)[0],) * 2
-    expected = jax.jit(lambda: lax.scan(g, y0, xs)[1])()
+    expected = jax.jit(lambda: lax.scan(f, y0, xs)[1])()
     # Each step rounds by half a unit of about one: a random walk of so many.
     error = np.abs(np.asarray(sol.carries, float) - np.asarray(expected, float))
     assert error.max() <= num_steps**0.5 * 2.0**-22
@@ -313,8 +303,7 @@ def test_gradients_after_damped_solves_are_exact(linearisation, damping):
     method = Newton(linearisation, damping=damping, window=Window(12))
 
     def loss(run, weights, y0, xs):
-        f = lambda y, x: (in_pairs(weights, y, x),) * 2
-        return jnp.sum(jnp.sin(run(f, y0, xs)))
+        return jnp.sum(jnp.sin(run(both(ft.partial(in_pairs, weights)), y0, xs)))
 
     ours = lambda f, y0, xs: solve_recurrence(f, y0, xs, method=method).ys
     in_turn = lambda f, y0, xs: lax.scan(f, y0, xs)[1]

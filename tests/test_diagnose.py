@@ -194,18 +194,17 @@ def test_iterations_of_a_differential_equation():
 def test_residuals_of_the_guess():
     """In units of the tolerance, one by one, where each step has a bin of its own."""
     xs, init = jnp.full(6, 2.5), jnp.array(0.4)
-    guess = jnp.array([0.6, 0.6, 0.6, 0.61, jnp.nan, 0.6])
+    guess = jnp.array([0.6, 0.6, 0.6, 0.55, 0.5, jnp.nan])
     rtol = 1e-4
     found = diagnose(
         scan, logistic, init, xs, guess=guess, method=Newton(rtol=rtol, atol=0.0)
     )
     # What is not a number holds the last state.
-    held = np.array([0.6, 0.6, 0.6, 0.61, 0.61, 0.61])
+    held = np.array([0.6, 0.6, 0.6, 0.55, 0.5, 0.5])
     before = np.concatenate([[0.4], held[:-1]])
     residual = np.abs(2.5 * before * (1 - before) - held)
-    # The largest of the last few values, and what comes of the one before.
-    size = np.maximum.accumulate(np.concatenate([[0.4], held]))[1:]
-    size = size + np.abs(2.5 * (1 - 2 * before)) * before
+    # The larger of this value and the one before, and what comes of that one.
+    size = np.maximum(held, before) + np.abs(2.5 * (1 - 2 * before)) * before
     expected = residual / (rtol * size)
     np.testing.assert_allclose(found.residuals[0], expected, rtol=1e-9, atol=1e-9)
     assert found.num_good_steps[0] == 3
@@ -374,8 +373,7 @@ def test_tolerance_below_rounding():
     xs = jnp.linspace(0.1, 0.9, 50)
     step = lambda y, x: (jnp.sin(1.3 * y + x) / 3, None)
     found = diagnose(scan, step, jnp.array(0.3), xs, method=method, max_iterations=12)
-    if found.converged:
-        pytest.skip("this platform evaluates a batch exactly like a single step")
+    assert not found.converged
     assert "`rtol`" in found.recommendation
 
 

@@ -25,15 +25,10 @@ from deer_ode import (
     solve_recurrence,
 )
 
-from .helpers import assert_close, rounding
+from .helpers import assert_close, both, rounding, tanh_cell, tanh_network
 
 
 F32 = jnp.float32
-
-
-def both(f):
-    """A step as `lax.scan` has it, from what makes a state of a state."""
-    return lambda y, x: (f(y, x),) * 2
 
 
 # --- what once went wrong -----------------------------------------------------------
@@ -113,19 +108,13 @@ def test_answers_that_were_wrong_once(name):
 # --- recurrences --------------------------------------------------------------------
 
 
-def cell(weights, y, x):
-    return jnp.tanh(weights @ y + x)
-
-
 def problem(num_steps=100, size=3, gain=0.8, seed=0):
-    keys = jr.split(jr.key(seed), 3)
-    weights = gain * jr.normal(keys[0], (size, size)) / size**0.5
-    return weights, jr.normal(keys[1], (size,)), jr.normal(keys[2], (num_steps, size))
+    return tanh_network(num_steps, size, gain, seed)
 
 
 @eqx.filter_jit
 def solve(weights, y0, xs, method, reverse=False, guess=None, throw=True):
-    f = both(ft.partial(cell, weights))
+    f = both(ft.partial(tanh_cell, weights))
     return solve_recurrence(
         f, y0, xs, reverse=reverse, method=method, guess=guess, throw=throw
     )
@@ -134,10 +123,11 @@ def solve(weights, y0, xs, method, reverse=False, guess=None, throw=True):
 @eqx.filter_jit
 def loop(weights, y0, xs, reverse=False, noise=0.0):
     """One after the other, each state off by so many units of rounding at random."""
+    unit = noise * float(jnp.finfo(y0.dtype).eps)
 
     def step(y, inputs):
         x, kick = inputs
-        y = cell(weights, y, x) * (1 + noise * float(jnp.finfo(y.dtype).eps) * kick)
+        y = tanh_cell(weights, y, x) * (1 + unit * kick)
         return y, y
 
     kicks = jr.rademacher(jr.key(7), xs.shape, xs.dtype)
@@ -252,7 +242,7 @@ def test_gradients(name, size):
     inputs = problem(size=size, gain=0.9)
 
     def loss(run, weights, y0, xs):
-        return jnp.sum(jnp.sin(run(both(ft.partial(cell, weights)), y0, xs)[1]))
+        return jnp.sum(jnp.sin(run(both(ft.partial(tanh_cell, weights)), y0, xs)[1]))
 
     ours = ft.partial(scan, method=METHODS[name])
     slopes = [
