@@ -361,7 +361,7 @@ def test_energy_over_a_hundred_thousand_steps(name, dt):
         saveat = diffrax.SaveAt(steps=True)
         return solve(terms, solver, 0.0, t1, dt, y0, saveat=saveat, **kwargs)
 
-    parallel = run(diffeqsolve, DEER(solver, Newton()))
+    parallel = run(diffeqsolve, DEER(solver, Newton(window=None)))
     sequential = run(diffrax.diffeqsolve, solver, max_steps=num_steps)
     assert int(parallel.stats["num_steps"]) == num_steps
     # It was the parallel iteration that found this.
