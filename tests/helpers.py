@@ -10,6 +10,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
+import pytest
 
 
 #: The converged answer agrees with the sequential one to so many units of rounding.
@@ -256,6 +257,15 @@ def _deer(solver, method):
 
 
 DOORS = {"a": door_a, "b": door_b, "c": door_c}
+
+
+def slow(values, which):
+    """The same as parameters, of which some are run only with `--runslow`."""
+    return [pytest.param(v, marks=pytest.mark.slow) if which(v) else v for v in values]
+
+
+# The drop-in only counts steps before it goes the second way.
+BY_DOOR = slow(DOORS, lambda door: door == "a")
 
 
 def tree_sub(a, b):

@@ -82,7 +82,7 @@ def swing(term, solver, dt0, max_steps):
     "form, num_stages",
     [
         ("index 3", 1),
-        ("index 3", 2),
+        pytest.param("index 3", 2, marks=pytest.mark.slow),
         ("index 3", 3),
         pytest.param("index 2", 1, marks=pytest.mark.slow),
         ("index 2", 2),

@@ -520,8 +520,15 @@ def control_terms(kind):
     return diffrax.ControlTerm(controlled, cubic).to_ode(), cubic
 
 
-@pytest.mark.parametrize("kind", ("linear", "cubic"))
-@pytest.mark.parametrize("num_derivatives", (2, 3))
+@pytest.mark.parametrize(
+    "num_derivatives, kind",
+    [
+        (3, "cubic"),
+        (2, "linear"),
+        pytest.param(2, "cubic", marks=pytest.mark.slow),
+        pytest.param(3, "linear", marks=pytest.mark.slow),
+    ],
+)
 def test_controls_keep_the_order(num_derivatives, kind):
     """With knots on the grid, where the derivative of the control jumps."""
     term, path = control_terms(kind)
@@ -591,11 +598,11 @@ SINGULAR = {
     "which, name",
     [
         ("pencil", "RadauIIA(1)"),
-        ("pencil", "RadauIIA(3)"),
-        ("pencil", "GaussLegendre(2)"),
-        ("twice the same", "RadauIIA(1)"),
         ("twice the same", "RadauIIA(3)"),
         ("twice the same", "GaussLegendre(2)"),
+        pytest.param("pencil", "RadauIIA(3)", marks=pytest.mark.slow),
+        pytest.param("pencil", "GaussLegendre(2)", marks=pytest.mark.slow),
+        pytest.param("twice the same", "RadauIIA(1)", marks=pytest.mark.slow),
     ],
 )
 def test_singular_equations_fail(which, name):

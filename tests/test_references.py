@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from .helpers import slow
+
 
 FOLDER = os.environ.get("DEER_ODE_DATA")
 FOLDER = (
@@ -204,13 +206,16 @@ def componentwise_error(ys, y_ref):
     return float(np.max(np.abs(np.asarray(ys) / np.asarray(y_ref) - 1)))
 
 
+#: Of these there are others of the same kind.
+SIMILAR = [f"DETEST-{name}" for name in ("C2", "C3", "D2", "D3", "D4")]
+
 needs_file = pytest.mark.skipif(
     not FILE.exists(), reason=f"no reference problems at {FILE}"
 )
 
 
 @needs_file
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", slow(PROBLEMS, lambda name: name in SIMILAR))
 def test_reference(name):
     problem = load()[name]
     sol = solve(problem)

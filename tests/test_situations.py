@@ -15,7 +15,7 @@ import optimistix as optx
 import pytest
 from scipy.linalg import expm
 
-from .helpers import DOORS, ROOT_FINDER, assert_close, rounding
+from .helpers import BY_DOOR, DOORS, ROOT_FINDER, assert_close, rounding
 
 
 def solve(door, terms, solver, grid, y0, args=None, *, substeps=3, **kwargs):
@@ -440,15 +440,23 @@ def sequential():
     return get
 
 
-# The drop-in only counts steps before it goes the second way.
+#: Those that go through windows without `--runslow`.
+IN_WINDOWS = ("latent ODE", "forcing", "planet", "two levels")
+
+
+def is_slow(name, door):
+    # The drop-in only counts steps before it goes the second way. The Stratonovich
+    # ensemble is another solver on the program of the Ito ensemble.
+    return door == "a" or "Strat" in name or (door == "c" and name not in IN_WINDOWS)
+
+
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
-@pytest.mark.parametrize("door", (pytest.param("a", marks=pytest.mark.slow), "b", "c"))
 @pytest.mark.parametrize(
-    "name",
+    "name, door",
     [
-        # Another solver on the same program.
-        pytest.param(name, marks=pytest.mark.slow) if "Strat" in name else name
+        pytest.param(name, door, marks=[pytest.mark.slow] * is_slow(name, door))
         for name in SITUATIONS
+        for door in DOORS
     ],
 )
 def test_situation(name, door, sequential):
@@ -479,7 +487,7 @@ def steady_states(door, tol, **kwargs):
     return ys, ts, grads
 
 
-@pytest.mark.parametrize("door", (pytest.param("a", marks=pytest.mark.slow), "b"))
+@pytest.mark.parametrize("door", BY_DOOR[:2])
 def test_steady_states(door):
     assert_close(steady_states(door, 1e-5), steady_states(None, 1e-5), rounding())
 
@@ -501,7 +509,7 @@ def test_steady_states_in_windows():
     assert_close(grads, expected_grads, 10 * tol)
 
 
-@pytest.mark.parametrize("door", (pytest.param("a", marks=pytest.mark.slow), "b"))
+@pytest.mark.parametrize("door", BY_DOOR[:2])
 def test_aim_by_newtons_method(door):
     """Where to start in order to hit a target: two derivatives of the solve."""
     target = jnp.array([0.3, -0.2])
