@@ -122,9 +122,7 @@ def _perturbation(problem: Problem, answer: TrajectoryArray) -> np.ndarray | Non
     """Growth from step to step; `None` where that takes too much memory."""
     recurrence = problem.recurrence
     exact = recurrence.choose(problem.newton.exact_linearisation)
-    try:
-        exact.check_size(answer.shape[0], answer.shape[1], answer.dtype)
-    except ValueError:
+    if not exact.fits(answer.shape[0], answer.shape[1], answer.dtype):
         return None
     return np.asarray(log_growth(recurrence, exact, answer), np.float64)
 
@@ -304,6 +302,8 @@ def _report(problem: Problem, run: _Run) -> Diagnosis:
         is_exact=isinstance(newton.linearisation, Dense | Exact),
         has_own_tolerance=newton.rtol is not None or newton.atol is not None,
         other_solution_from=run.other_solution_from,
-        too_large_from=_first(np.asarray(~is_reasonable(run.answer))),
+        too_large_from=(
+            None if found.converged else _first(np.asarray(~is_reasonable(run.answer)))
+        ),
     )
     return dataclasses.replace(found, recommendation=recommend(found, findings))

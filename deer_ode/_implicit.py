@@ -69,7 +69,7 @@ def _response(
     if not isinstance(recurrence, Recurrence) or not isinstance(exact, Dense):
         return at_once()
     in_turn = lambda: recurrence.sequential_response(ys, tangent)
-    if exact.num_bytes(num_steps, state_size, ys.dtype) > exact.max_bytes:
+    if not exact.fits(num_steps, state_size, ys.dtype):
         return in_turn()
     if state_size < _LARGE:
         return at_once()

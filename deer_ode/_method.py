@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
-from ._custom_types import Trajectory
+from ._custom_types import Mask, Trajectory
 from ._linearisation import AbstractLinearisation, Exact
 from ._misc import leading_true
 from ._predictor import AbstractPredictor, Coarse
@@ -24,7 +24,8 @@ class TrajectorySolution(NamedTuple):
     """Leading steps that satisfy the recurrence; all of them after success."""
     num_newton_steps: Int[Array, ""]
     num_windows: Int[Array, ""]
-    num_fallback_steps: Int[Array, ""]
+    in_turn: Mask
+    """Which steps were taken one after the other."""
     residual: Float[Array, ""]
     """Largest residual over the steps that were solved for, before the last
     correction.
@@ -34,6 +35,10 @@ class TrajectorySolution(NamedTuple):
     """The first step to a state that is not finite; -1 where there is none."""
     is_stuck: Bool[Array, ""]
     """Whether the step after the good ones leads from a finite state to none."""
+
+    @property
+    def num_fallback_steps(self) -> Int[Array, ""]:
+        return jnp.sum(self.in_turn, dtype=jnp.int32)
 
     def stats(self) -> dict[str, Any]:
         """What the user gets to see of it, beside the counts of steps."""
@@ -129,7 +134,7 @@ def sequential_solution(ys: Trajectory) -> TrajectorySolution:
         num_good_steps=count,
         num_newton_steps=none,
         num_windows=none,
-        num_fallback_steps=count,
+        in_turn=jnp.ones(ys.shape[0], bool),
         residual=zero,
         damping=zero,
         first_nonfinite_step=first_nonfinite_step(ys),

@@ -139,7 +139,9 @@ def is_reasonable(
     of up to four components still are numbers; or a thousand times what is known to
     occur.
     """
-    bound = jnp.asarray(float(jnp.finfo(ys.dtype).max) ** 0.25, ys.dtype)
+    most = jnp.finfo(ys.dtype).max
+    bound = jnp.asarray(float(most) ** 0.25, ys.dtype)
     if largest is not None:
         bound = jnp.maximum(bound, 2**10 * jnp.max(finite(largest), initial=0))
+        bound = jnp.minimum(bound, most)
     return jnp.all(jnp.abs(ys) <= bound, axis=-1)

@@ -138,15 +138,22 @@ class Newton(AbstractMethod):
             return solve_sequentially(recurrence)
         if self.window is None:
             return self.march(recurrence).run(self.fallback)
-        on_cpu, elsewhere = (
-            self.window.lengths(recurrence.num_steps, x) for x in (True, False)
-        )
+        on_cpu, elsewhere = (self._windows(recurrence, x) for x in (True, False))
         run = lambda lengths: self.march(recurrence, lengths).run(self.fallback)
         if is_cpu is not None or on_cpu == elsewhere:
             return run(on_cpu if is_cpu else elsewhere)
         return lax.platform_dependent(
             cpu=lambda: run(on_cpu), default=lambda: run(elsewhere)
         )
+
+    def _windows(self, recurrence, is_cpu) -> tuple[int, ...]:
+        """Those whose Jacobians there is memory for, or else the shortest."""
+        assert self.window is not None
+        state_size, dtype = recurrence.y0.shape[0], recurrence.y0.dtype
+        linearisation = recurrence.choose(self.linearisation)
+        lengths = self.window.lengths(recurrence.num_steps, is_cpu)
+        fits = lambda n: linearisation.fits(n, state_size, dtype)
+        return (*filter(fits, lengths[:-1]), lengths[-1])
 
     def iterate(
         self, recurrence: AbstractRecurrence, ys: Trajectory | None = None

@@ -183,7 +183,7 @@ def _all_steps(
         result = diffrax.RESULTS.where(is_event, diffrax.RESULTS.event_occurred, result)
     # Newton's method counts only as far as the solve goes: what comes after an event
     # may be as wild as it likes.
-    is_short = solution.num_good_steps < num_steps
+    num_until, is_short = num_steps, solution.num_good_steps < num_steps
     num_steps = jnp.minimum(num_steps, solution.num_good_steps)
     result = diffrax.RESULTS.where(
         is_short,
@@ -264,12 +264,14 @@ def _all_steps(
         **(dict.fromkeys(_EVENT_FIELDS) | event_fields),
     )
     nonfinite = solution.first_nonfinite_step
+    indices = jnp.arange(grid.num_steps, dtype=jnp.int32)
     stats = dict(
         **solution.stats(),
-        first_nonfinite_step=jnp.where(nonfinite < num_steps, nonfinite, -1),
         # Neither padding nor what comes after an event counts.
-        num_fallback_steps=jnp.maximum(
-            num_steps - (grid.num_steps - solution.num_fallback_steps), 0
+        first_nonfinite_step=jnp.where(nonfinite < num_until, nonfinite, -1),
+        num_fallback_steps=jnp.sum(
+            solution.in_turn & (indices < num_steps),
+            dtype=jnp.int32,
         ),
     )
     return final_state, stats

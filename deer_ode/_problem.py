@@ -166,7 +166,9 @@ def _recurrence(arguments: dict) -> Problem:
             f"There is nothing to diagnose: {num_steps} steps of a carry of "
             f"{len(jtu.tree_leaves(init))} arrays."
         )
-    if guess is not None and not isinstance(guess, AbstractPredictor):
+    if guess is None:
+        guess = arguments["method"].guess
+    elif not isinstance(guess, AbstractPredictor):
         guess = Trajectory(guess)
     points = np.arange(-1.0, num_steps)
     if reverse:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ._custom_types import State, Trajectory
+from ._custom_types import Mask, State, Trajectory
 from ._method import TrajectorySolution, first_nonfinite_step
 from ._misc import finite, hold_last_good, is_reasonable, leading_true, state_at
 from ._predictor import AbstractPredictor
@@ -117,10 +117,12 @@ class Progress(NamedTuple):
     largest: State
     """What each entry was at most, so far as the trajectory is right."""
     num_newton_steps: Int[Array, ""]
-    num_sweeps: Float[Array, ""]
+    num_sweeps: Int[Array, ""]
     """The same in units of iterations over the whole trajectory."""
+    num_left_over: Int[Array, ""]
+    """How many steps were worked on beyond those sweeps."""
     num_windows: Int[Array, ""]
-    num_fallback_steps: Int[Array, ""]
+    in_turn: Mask
     residual: Float[Array, ""]
     damping: Float[Array, ""]
     most_damping: Float[Array, ""]
@@ -136,6 +138,8 @@ class Progress(NamedTuple):
     since: Int[Array, ""]
     """How many iterations ago one or the other was."""
     num_failures: Int[Array, ""]
+    suspects_guess: Bool[Array, ""]
+    """Whether the window failed once, and holds its first state for a guess."""
     num_trusted: Int[Array, ""]
     """How many states need not be checked: sequential steps end there."""
     meter: PyTree[Array]
@@ -179,9 +183,10 @@ class March:
             num_guessed=num_guessed,
             largest=finite(jnp.abs(y0)),
             num_newton_steps=zero,
-            num_sweeps=jnp.zeros((), y0.dtype),
+            num_sweeps=zero,
+            num_left_over=zero,
             num_windows=zero + 1,
-            num_fallback_steps=zero,
+            in_turn=jnp.zeros(num_steps, bool),
             residual=jnp.zeros((), y0.dtype),
             damping=jnp.zeros((), y0.dtype),
             most_damping=jnp.zeros((), y0.dtype),
@@ -192,6 +197,7 @@ class March:
             lowest=jnp.asarray(jnp.inf, y0.dtype),
             since=zero,
             num_failures=zero,
+            suspects_guess=jnp.asarray(False),
             num_trusted=zero,
             meter=None if self.meter is None else self.meter.init(),
         )
@@ -231,6 +237,10 @@ class March:
         length = min(self.lengths[rung] + recurrence.num_before, num_steps)
         if length == num_steps:
             start = jnp.asarray(0, jnp.int32)
+            if len(self.lengths) > 1:
+                progress = self._guess_entering(start + length, length, progress)
+            elif not self.is_patient:
+                progress = self._hold_unknown(progress)
             part, ys = recurrence, progress.ys
         else:
             start = jnp.maximum(progress.num_good - recurrence.num_before, 0)
@@ -260,6 +270,7 @@ class March:
         following = jnp.minimum(num_good - start, length - 1)
         is_finite = jnp.all(jnp.isfinite(updated.residual[following]))
         is_stuck = (num_good < start + length) & ~is_finite
+        worked = progress.num_left_over + length
         new_ys = updated.ys
         if length != num_steps:
             new_ys = lax.dynamic_update_slice_in_dim(progress.ys, new_ys, start, 0)
@@ -270,7 +281,8 @@ class March:
                 progress.largest, jnp.max(finite(newly(updated.ys)), axis=0)
             ),
             num_newton_steps=progress.num_newton_steps + 1,
-            num_sweeps=progress.num_sweeps + length / num_steps,
+            num_sweeps=progress.num_sweeps + worked // num_steps,
+            num_left_over=worked % num_steps,
             residual=jnp.maximum(
                 progress.residual, jnp.max(newly(updated.residual), initial=0)
             ),
@@ -285,17 +297,18 @@ class March:
             return progress
         length, num_good = self.lengths[rung], progress.num_good
         got_on = num_good - progress.mark >= max(length // _QUARTER, 1)
-        # Written so that NaN is no improvement.
+        # Written so that NaN is no improvement, nor what was and is infinite.
         improves = (error <= progress.lowest / 2) & (progress.lowest > 0)
+        improves = improves & jnp.isfinite(error)
         since = jnp.where(got_on | improves, 0, progress.since + 1)
-        num_windows = progress.num_windows + got_on.astype(jnp.int32)
+        is_last = rung == len(self.lengths) - 1
+        moved_on = got_on & (num_good < self.num_steps) & (length < self.num_steps)
         failed = (since >= _PATIENCE) & (num_good < self.num_steps)
         # The guess is suspected before the shortest window is.
-        is_last = rung == len(self.lengths) - 1
-        gives_way = failed & (progress.num_failures % 2 == 1) if is_last else failed
+        gives_way = failed & progress.suspects_guess if is_last else failed
         step = gives_way.astype(jnp.int32)
         if rung > 0:
-            proof = self.lengths[rung - 1] * self._backoff(progress)
+            proof = self._doubled(self.lengths[rung - 1], progress)
             step -= (~failed & (num_good - progress.entered >= proof)).astype(jnp.int32)
         progress = progress._replace(
             mark=jnp.where(got_on, num_good, progress.mark),
@@ -303,11 +316,12 @@ class March:
                 got_on, jnp.inf, jnp.where(improves, error, progress.lowest)
             ),
             since=since,
-            num_windows=num_windows,
+            num_windows=progress.num_windows + moved_on.astype(jnp.int32),
         )
         changed = self._enter(rung + step, progress)._replace(
             num_guessed=jnp.where(failed, num_good, progress.num_guessed),
             num_failures=progress.num_failures + failed.astype(jnp.int32),
+            suspects_guess=failed & (step == 0),
             damping=jnp.where(failed, 0, progress.damping),
         )
         return _where(failed | (step != 0), changed, progress)
@@ -322,8 +336,12 @@ class March:
             since=jnp.zeros_like(num_good),
         )
 
-    def _backoff(self, progress):
-        return jnp.left_shift(1, jnp.minimum(progress.num_failures, _MOST_DOUBLINGS))
+    def _doubled(self, length, progress):
+        """A length, doubled for each failure; never more than all."""
+        # Compared before it is multiplied, which might overflow.
+        factor = jnp.left_shift(1, jnp.minimum(progress.num_failures, _MOST_DOUBLINGS))
+        is_more = factor > self.num_steps // length
+        return jnp.where(is_more, self.num_steps, length * factor)
 
     def _part(self, ys, start, length):
         y0 = state_at(self.recurrence.y0, ys, start)
@@ -339,8 +357,8 @@ class March:
             is_fine = is_reasonable(guessed, progress.largest)
             guessed = hold_last_good(part.y0, guessed, is_fine)
             # After a failure perhaps it was the guess that led astray.
-            still = jnp.broadcast_to(part.y0, guessed.shape)
-            guessed = jnp.where(progress.num_failures % 2 == 1, still, guessed)
+            last = state_at(self.recurrence.y0, ys, progress.num_guessed)
+            guessed = jnp.where(progress.suspects_guess, last, guessed)
             steps = start + jnp.arange(length, dtype=jnp.int32)
             before = lax.dynamic_slice_in_dim(ys, start, length)
             is_new = (steps >= progress.num_guessed)[:, None]
@@ -355,6 +373,17 @@ class March:
             num_guessed=jnp.maximum(progress.num_guessed, stop),
         )
 
+    def _hold_unknown(self, progress):
+        """A constant for what has no guess, which is after a failure: at first there
+        was a guess for all.
+        """
+        steps = jnp.arange(self.num_steps, dtype=jnp.int32)
+        is_guessed = steps < progress.num_guessed
+        return progress._replace(
+            ys=hold_last_good(self.recurrence.y0, progress.ys, is_guessed),
+            num_guessed=jnp.full_like(progress.num_guessed, self.num_steps),
+        )
+
     def check(self, progress: Progress) -> Progress:
         """Goes back to where the trajectory is none that a sequential solve finds."""
         is_answer = self.recurrence.is_sequential_answer(progress.ys)
@@ -363,7 +392,10 @@ class March:
         steps = jnp.arange(self.num_steps, dtype=jnp.int32)
         is_answer = is_answer | (steps < progress.num_trusted)
         num_good = jnp.minimum(progress.num_good, leading_true(is_answer))
-        return progress._replace(num_good=num_good)
+        return progress._replace(
+            num_good=num_good,
+            is_stuck=progress.is_stuck & (num_good == progress.num_good),
+        )
 
     def take_steps(self, progress: Progress) -> Progress:
         """Takes steps one after the other, from the first one that is not right on."""
@@ -371,7 +403,7 @@ class March:
         if self.is_patient:
             stop = jnp.full_like(num_good, self.num_steps)
         else:
-            stop = num_good + self.lengths[-1] * self._backoff(progress)
+            stop = num_good + self._doubled(self.lengths[-1], progress)
             is_spent = progress.num_sweeps >= self.max_sweeps
             stop = jnp.where(is_spent, self.num_steps, stop)
         # Nothing to do where all is right.
@@ -402,13 +434,15 @@ class March:
             take,
             (num_good, progress.ys, progress.largest),
         )
+        indices = jnp.arange(self.num_steps, dtype=jnp.int32)
         progress = progress._replace(
             ys=ys,
             num_good=end,
             largest=largest,
-            num_fallback_steps=progress.num_fallback_steps + end - num_good,
+            in_turn=progress.in_turn | ((indices >= num_good) & (indices < end)),
             num_guessed=jnp.where(end > num_good, end, progress.num_guessed),
             num_failures=progress.num_failures + (~is_counted).astype(jnp.int32),
+            suspects_guess=jnp.zeros_like(progress.suspects_guess),
             num_trusted=end,
             is_stuck=jnp.zeros_like(progress.is_stuck),
         )
@@ -435,7 +469,7 @@ class March:
             num_good_steps=progress.num_good,
             num_newton_steps=progress.num_newton_steps,
             num_windows=progress.num_windows,
-            num_fallback_steps=progress.num_fallback_steps,
+            in_turn=progress.in_turn,
             residual=progress.residual,
             damping=progress.most_damping,
             first_nonfinite_step=nonfinite,

@@ -20,6 +20,7 @@ from deer_ode import (
     Diagonal,
     Newton,
     RadauIIA,
+    Sequential,
     Trajectory,
     diffeqsolve,
     scan,
@@ -375,6 +376,30 @@ def test_tolerance_below_rounding():
     found = diagnose(scan, step, jnp.array(0.3), xs, method=method, max_iterations=12)
     assert not found.converged
     assert "`rtol`" in found.recommendation
+
+
+def test_large_numbers_that_are_no_trouble():
+    step = lambda y, x: (jnp.float32(0.5) * y + jnp.float32(1e10), None)
+    found = diagnose(scan, step, jnp.float32(1e10), jnp.zeros(50))
+    assert found.converged and "nothing to do" in found.recommendation
+
+
+def test_reversed_guess():
+    """That of the method as that of the call: each step where it is."""
+    xs = jnp.linspace(1.0, 3.0, 20)
+    carries = solve_recurrence(
+        logistic, jnp.array(0.4), xs, reverse=True, method=Sequential()
+    ).carries
+    found = [
+        diagnose(scan, logistic, jnp.array(0.4), xs, reverse=True, **kwargs)
+        for kwargs in (
+            {"guess": carries},
+            {"method": Newton(guess=Trajectory(carries))},
+        )
+    ]
+    for one in found:
+        assert one.num_iterations == 1
+        assert one.guess_error < sqrt_eps()
 
 
 def test_jacobians_too_large():

@@ -19,6 +19,7 @@ from deer_ode import (
     Obreshkov,
     ParallelAdjoint,
     Trajectory,
+    Window,
     diffeqsolve,
 )
 
@@ -333,6 +334,35 @@ def test_too_few_steps(door):
     assert_same_solution(sol, expected)
     with pytest.raises(Exception, match="maximum number of solver steps"):
         jax.block_until_ready(solve(**kwargs).ys)
+
+
+def test_sequential_steps_are_counted_wherever_they_are():
+    """Windows begin again after them; padding does not count."""
+    term = diffrax.ODETerm(lambda t, y, args: 4 * y * (1 - y) - y)
+    solver = DEER(diffrax.Euler(), Newton(window=Window(32)))
+    counts = []
+    for max_steps in (400, 1000):
+        sol = diffeqsolve(
+            term, solver, 0.0, 400.0, 1.0, jnp.array(0.3), max_steps=max_steps,
+            saveat=diffrax.SaveAt(steps=True),
+        )  # fmt: skip
+        before = jnp.concatenate([jnp.array([0.3]), sol.ys[:399]])
+        np.testing.assert_allclose(sol.ys[:400], 4 * before * (1 - before), atol=1e-13)
+        counts.append(int(sol.stats["num_fallback_steps"]))
+    # Chaos in each step, of which some windows fail.
+    assert 32 <= counts[0] == counts[1] < 400
+
+
+@pytest.mark.parametrize("fallback", (True, False))
+def test_first_nonfinite_step(fallback):
+    term = diffrax.ODETerm(lambda t, y, args: jnp.where(t == 20, jnp.inf, -y))
+    solver = DEER(diffrax.Euler(), Newton(fallback=fallback))
+    sol = diffeqsolve(
+        term, solver, 0.0, 50.0, 1.0, jnp.array(0.3), throw=False, max_steps=60
+    )
+    assert int(sol.stats["first_nonfinite_step"]) == 20
+    failed = diffrax.RESULTS.successful if fallback else diffrax.RESULTS.nonfinite
+    assert sol.result == failed
 
 
 @pytest.mark.parametrize("door", BY_DOOR)

@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 from deer_ode import (
     DEER,
     Auto,
+    Dense,
     Newton,
     Obreshkov,
     Sequential,
@@ -24,6 +25,7 @@ from deer_ode import (
     scan,
     solve_recurrence,
 )
+from deer_ode._misc import is_reasonable
 
 from .helpers import assert_close, both, rounding, tanh_cell, tanh_network
 
@@ -209,6 +211,41 @@ def test_a_hopeless_recurrence_wastes_little():
     assert int(sol.stats["num_fallback_steps"]) > 2000
 
 
+def logistic(last, **kwargs):
+    f = both(lambda y, x: 4 * y * (1 - y) + x)
+    xs = jnp.zeros(1000).at[-1].set(last)
+    return solve_recurrence(f, jnp.asarray(0.3), xs, method=Newton(**kwargs))
+
+
+@pytest.mark.parametrize("last", (np.inf, np.nan))
+def test_an_infinite_error_is_no_progress(last):
+    """Of the last step, whatever comes before it: two tries of 8 iterations each."""
+    assert int(logistic(last).stats["num_newton_steps"]) == 16
+
+
+@pytest.mark.parametrize("window", (Window(), None, Window(100)), ids=str)
+def test_one_window_is_one(window):
+    sol = solve(*problem(), Newton(window=window))
+    assert int(sol.stats["num_windows"]) == 1
+
+
+def test_windows_there_is_no_memory_for_are_left_out():
+    inputs = problem(400)
+    # Jacobians of 40 steps, of which the first window has many more.
+    scarce = Dense(40 * 9 * 8)
+    sol = solve(*inputs, Newton(scarce, window=Window((300, 40 - 15))))
+    assert_close(sol.ys, loop(*inputs), rounding())
+    for window in (None, Window((300, 100))):
+        with pytest.raises(ValueError, match="dense Jacobians of .* steps"):
+            solve(*inputs, Newton(scarce, window=window))
+
+
+def test_what_overflows_is_not_reasonable():
+    largest = jnp.array([1e36], F32)
+    ys = jnp.array([[1e38], [np.inf], [np.nan], [-np.inf]], F32)
+    assert is_reasonable(ys, largest).tolist() == [True, False, False, False]
+
+
 HARD = problem(gain=6.0, seed=4)
 
 
@@ -296,6 +333,13 @@ def test_lorenz(solver, dt0, window):
         > 0
         == int(expected.stats["num_newton_steps"])
     )
+
+
+def test_shorter_windows_begin_afresh():
+    """What the longer one was led astray by is nothing to them."""
+    method = Newton(window=Window((6000, 256)))
+    sol = integrate(diffrax.Heun(), method, 30.0, 0.005, jnp.ones(3))
+    assert int(sol.stats["num_fallback_steps"]) == 0
 
 
 def test_windows_last_where_the_whole_does_not():
