@@ -208,6 +208,17 @@ def update(inputs, ys, damping, num_known, method):
     return method.update(linearisation, recurrence, ys, largest, damping, num_known)
 
 
+def test_many_matrices_at_once():
+    """Of a size for which products and inverses once waited for each other."""
+    inputs = tanh_network(1000, size=8, gain=2.5, seed=3)
+    sol = solve(*inputs, Newton(window=None, damping=LevenbergMarquardt()))
+    assert float(sol.stats["newton_damping"]) > 0
+    # What chaos makes of rounding; each state is what the one before it leads to.
+    before = jnp.concatenate([inputs[1][None], sol.carries[:-1]])
+    again = jax.vmap(ft.partial(tanh_cell, inputs[0]))(before, inputs[2])
+    assert_close(sol.carries, again, rounding())
+
+
 def test_squares_never_rise():
     """All entries in the same units: more than any state is."""
     method = Newton(damping=LevenbergMarquardt())
