@@ -502,11 +502,12 @@ def main(argv=None) -> dict:
     for problem in problems:
         rows = measure(problem, repeats)
         results["hard"] += rows
+        # As it goes, for it takes half an hour.
+        write(results, options.out)
         print(table(rows).splitlines()[-1], flush=True)
         jax.clear_caches()
     print()
     print(table(results["hard"]))
-    write(results, options.out)
     return results
 
 
