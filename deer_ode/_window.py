@@ -165,13 +165,21 @@ class March:
     def num_steps(self) -> int:
         return self.recurrence.num_steps
 
+    def _span(self, rung):
+        """How many steps are looked at for a window. What the sizes of states are
+        judged by may begin before it.
+        """
+        return min(self.lengths[rung] + self.recurrence.num_before, self.num_steps)
+
     def begin(self, ys: Trajectory | None = None) -> Progress:
         """From `ys`, or else from the guess."""
         y0, num_steps = self.recurrence.y0, self.num_steps
         zero = jnp.asarray(0, jnp.int32)
         num_guessed = jnp.asarray(num_steps, jnp.int32)
         is_local = self.guess.anew() is self.guess
-        if ys is None and (self.lengths[0] == num_steps or not is_local):
+        # A window that spans everything is never entered, so it must have its guess.
+        spans_all = self._span(0) == num_steps
+        if ys is None and (spans_all or not is_local):
             ys = self.guess(self.recurrence)
         if ys is None:
             ys = jnp.broadcast_to(y0, (num_steps, *y0.shape))
@@ -233,8 +241,7 @@ class March:
 
     def _iterate_window(self, rung, progress):
         recurrence, num_steps = self.recurrence, self.num_steps
-        # What the sizes of states are judged by may begin before the window.
-        length = min(self.lengths[rung] + recurrence.num_before, num_steps)
+        length = self._span(rung)
         if length == num_steps:
             start = jnp.asarray(0, jnp.int32)
             if len(self.lengths) > 1:
