@@ -308,6 +308,7 @@ def covariances_at_once(A, lam):
     def compose(first, second):
         F1, C1, J1 = first
         F2, C2, J2 = second
+        # Not symmetric, so by pivots.
         between = jnp.linalg.inv(eye[: len(C1)] + _product(C1, J2))
         F = _product(F2, between, F1)
         C = _product(F2, between, C1, _transposed(F2)) + C2

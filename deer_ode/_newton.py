@@ -167,7 +167,7 @@ class Newton(AbstractMethod):
     def march(
         self, recurrence: AbstractRecurrence, lengths: tuple[int, ...] | None = None
     ) -> March:
-        """Windows of given lengths; or all steps at once, and until the bitter end."""
+        """Windows of given lengths; or all steps at once, `newton_max_steps` times."""
         num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
         linearisation = recurrence.choose(self.linearisation)
         is_patient = lengths is None
