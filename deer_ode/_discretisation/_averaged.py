@@ -87,13 +87,6 @@ class _AveragedRecurrence(AbstractEquationRecurrence):
             jnp.where(active, C, eye),
         )
 
-    def is_sequential_answer(self, ys):
-        return self.is_same_alone(ys)
-
-    @property
-    def is_for_a_loop(self):
-        return True  # to solve each step alone is what that check takes
-
     @property
     def may_be_singular(self):
         return False

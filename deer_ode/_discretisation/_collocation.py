@@ -169,13 +169,6 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
     def _num_entries(self):
         return self._num_stages + self._has_end
 
-    def is_sequential_answer(self, ys):
-        return self.is_same_alone(ys)
-
-    @property
-    def is_for_a_loop(self):
-        return True  # to solve each step alone is what that check takes
-
     def _constant(self, x):
         return jnp.asarray(x, self.y0.dtype)
 

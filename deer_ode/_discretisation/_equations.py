@@ -239,7 +239,11 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         # No state that is not a solution passes for one.
         return jnp.where(is_good, end, jnp.nan)
 
-    def is_same_alone(self, ys: Trajectory) -> Mask | None:
+    @property
+    def is_for_a_loop(self) -> bool:
+        return True  # to solve each step alone is what the check of solutions takes
+
+    def is_sequential_answer(self, ys: Trajectory) -> Mask | None:
         """Whether each step by itself, from the state before it, ends there."""
         if self.num_steps == 1:
             return None
