@@ -1,5 +1,6 @@
 """In what surroundings a benchmark runs, and the same with other XLA flags."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -38,25 +39,47 @@ def environment() -> dict:
     }
 
 
+@contextlib.contextmanager
+def precision(dtype: str):
+    """Single precision as its users have it, without 64-bit counters and times."""
+    import jax
+
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
+def has_cpu_flag() -> bool:
+    return CPU_FLAG in os.environ.get("XLA_FLAGS", "")
+
+
 def can_use_cpu_flag() -> bool:
     import jax
 
-    is_set = CPU_FLAG in os.environ.get("XLA_FLAGS", "")
-    return jax.default_backend() == "cpu" and not is_set
+    return jax.default_backend() == "cpu" and not has_cpu_flag()
+
+
+def run_with_cpu_flag(module: str, arguments: list[str]) -> bool:
+    """`python -m module arguments` where XLA compiles every loop; whether it worked."""
+    print(flush=True)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {CPU_FLAG}".strip()
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags})
+    if done.returncode != 0:
+        print("(it failed, or this XLA does not know the flag: not measured)")
+    return done.returncode == 0
 
 
 def again_with_cpu_flag(module: str, arguments: list[str]) -> dict | None:
-    """What `python -m module arguments --out FILE` writes where XLA compiles every
-    loop; `None` where it fails.
+    """What `python -m module arguments --out FILE` writes there; `None` where it
+    fails.
     """
-    print(flush=True)
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "results.json"
-        command = [sys.executable, "-m", module, *arguments, "--out", str(out)]
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {CPU_FLAG}".strip()
-        done = subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags})
-        if done.returncode != 0:
-            print("(this XLA does not know the flag: not measured)")
+        if not run_with_cpu_flag(module, [*arguments, "--out", str(out)]):
             return None
         return json.loads(out.read_text())
 
@@ -64,4 +87,7 @@ def again_with_cpu_flag(module: str, arguments: list[str]) -> dict | None:
 def write(results: dict, out: pathlib.Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        # Written beside and moved, so that an interruption leaves what there was.
+        beside = out.with_name(f"{out.name}.new")
+        beside.write_text(json.dumps(results, indent=1) + "\n")
+        beside.replace(out)
