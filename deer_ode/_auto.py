@@ -1,10 +1,10 @@
 """Which method: in parallel where that can win, one step after the other elsewhere."""
 
 import equinox as eqx
-import jax.lax as lax
 
 from ._linearisation import Dense
 from ._method import AbstractMethod, solve_sequentially
+from ._misc import by_platform
 from ._newton import Newton
 from ._recurrence import AbstractMapRecurrence
 
@@ -33,8 +33,9 @@ class Auto(AbstractMethod):
         solved together; but sequences of fewer than 64 steps that are maps, and
         Jacobians of $n \ge 64$ without structure, go one after the other as well.
 
-    The answer is the same, and so are derivatives, which are exact and parallel either
-    way. `stats["num_newton_steps"]` is zero where the loop was taken.
+    The answer is the same, and so are derivatives, which are exact either way, and
+    parallel wherever that takes less work than a loop. `stats["num_newton_steps"]` is
+    zero where the loop was taken.
 
     ??? cite "Reference"
 
@@ -78,9 +79,9 @@ class Auto(AbstractMethod):
             is_large = isinstance(chosen, Dense) and state_size >= _LARGE
             if num_steps < _SHORT or is_large:
                 return solve_sequentially(recurrence)
-        return lax.platform_dependent(
+        return by_platform(
             cpu=lambda: solve_sequentially(recurrence),
-            default=lambda: self.newton.solve(recurrence, is_cpu=False),
+            elsewhere=lambda: self.newton.solve(recurrence, is_cpu=False),
         )
 
 

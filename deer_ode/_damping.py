@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from ._affine import apply, from_tail, is_rectangular, multiply, scan_from_zero, shift
 from ._blocks import Blocks
 from ._custom_types import Propagators, Trajectory
-from ._misc import ROUNDING_UNITS
+from ._misc import ROUNDING_UNITS, by_platform
 
 
 # Of the decrease that the linear model predicts, what is enough to go on, and what
@@ -319,6 +319,7 @@ def covariances_at_once(A, lam):
 
 
 def _covariances(A, lam):
-    return lax.platform_dependent(
-        A, lam, cpu=covariances_in_turn, default=covariances_at_once
+    return by_platform(
+        cpu=lambda: covariances_in_turn(A, lam),
+        elsewhere=lambda: covariances_at_once(A, lam),
     )

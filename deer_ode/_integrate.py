@@ -17,7 +17,7 @@ from ._parallel_adjoint import ParallelAdjoint
 from ._solver import DEER
 
 
-def _static(x, dtype):
+def _static(x, dtype) -> Any:
     """`x` as a number known while tracing, or `None`."""
     if isinstance(x, jax.core.Tracer):
         return None
@@ -42,15 +42,24 @@ def num_even_steps(t0: np.floating, t1: np.floating, dt0: np.floating) -> int:
     return max(1, int(np.ceil(abs(t1 - t0) / longest)))
 
 
-def _count_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> int | None:
-    """The same; `None` where it is not static, or makes no sense."""
+def _count_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, bool]:
+    """The same, and whether it makes all of them: `None` where that is not static, or
+    makes no sense.
+    """
     dtype = time_dtype(t0, t1, dt0, saveat)
     t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
     if t0 is None or t1 is None or dt0 is None:
-        return None
+        return None, False
     if not np.isfinite(t1 - t0) or not abs(dt0) > 0:
-        return None
-    return num_even_steps(t0, t1, dt0)
+        return None, False
+    num_steps = num_even_steps(t0, t1, dt0)
+    # A step that ends within a hundred units of rounding of `t1` is the last one. The
+    # first one is `dt0` long, the others divide the interval.
+    units = 200 * max(np.spacing(abs(t0)), np.spacing(abs(t1)))
+    left = [abs(t1 - t0) / num_steps]
+    if num_steps > 1:
+        left.append(abs(t1 - t0) - abs(dt0))
+    return num_steps, bool(min(left) > units)
 
 
 def _solve_implicit(term: AbstractImplicitTerm, t0, y0: Y, args: Args, throw, solve):
@@ -179,6 +188,7 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
             kwargs["adjoint"] = adjoint
         kwargs["max_steps"] = 4096 if max_steps is None else max_steps
         return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, args, **kwargs)
+    is_counted = False
     if max_steps is None and isinstance(stepsize_controller, diffrax.StepTo):
         max_steps = stepsize_controller.ts.shape[0] - 1
     elif max_steps is None and isinstance(
@@ -189,7 +199,7 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
                 "`dt0` is the size of the steps and must be given with "
                 "`ConstantStepSize()`; got `dt0=None`."
             )
-        max_steps = _count_steps(t0, t1, dt0, kwargs["saveat"])
+        max_steps, is_counted = _count_steps(t0, t1, dt0, kwargs["saveat"])
         if max_steps is None:
             raise ValueError(
                 "The number of steps must be known while tracing, but cannot be "
@@ -205,7 +215,7 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
         dt0,
         y0,
         args,
-        adjoint=ParallelAdjoint() if adjoint is None else adjoint,
+        adjoint=ParallelAdjoint(is_counted) if adjoint is None else adjoint,
         max_steps=max_steps,
         **kwargs,
     )

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -42,9 +42,12 @@ class AbstractLinearisation(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, step: Callable[[State], State], y: State
-    ) -> tuple[State, Propagators]:
-        """The value of `step` at `y`, and its (approximate) Jacobian there."""
+        self, step: Callable[[State], Any], y: State, has_aux: bool = False
+    ) -> tuple[Any, Propagators]:
+        """The value of `step` at `y`, and its (approximate) Jacobian there.
+
+        With `has_aux` the value is a pair, of which the first is differentiated.
+        """
 
     def fits(self, num_steps: int, state_size: int, dtype: np.dtype) -> bool:
         """Whether the Jacobians of so many steps are small enough."""
@@ -69,10 +72,10 @@ class Dense(AbstractLinearisation):
         del groups, state_size
         return self
 
-    def __call__(self, step, y):
+    def __call__(self, step, y, has_aux=False):
         def with_value(y):
             value = step(y)
-            return value, value
+            return value[0] if has_aux else value, value
 
         A, value = jax.jacfwd(with_value, has_aux=True)(y)
         return value, A
@@ -90,7 +93,8 @@ class Dense(AbstractLinearisation):
             raise ValueError(
                 f"The dense Jacobians of {num_steps} steps of a state of {state_size} "
                 f"numbers ({np.dtype(dtype).name}) need {needed:,} bytes, more than "
-                f"the {self.max_bytes:,} allowed. Solve in shorter windows "
+                f"the {self.max_bytes:,} allowed. Take several explicit steps as one "
+                "(`Newton(chunk=...)`), solve in shorter windows "
                 "(`Newton(window=Window(...))`, or, for derivatives as well, "
                 "`DEER(..., num_substeps=...)` in `diffrax.diffeqsolve`), keep only "
                 "the diagonal (`Newton(linearisation=Diagonal())`; derivatives of "
@@ -103,9 +107,17 @@ class Dense(AbstractLinearisation):
 Dense.__init__.__doc__ = """**Arguments:**
 
 - `max_bytes`: the most memory, in bytes, that Jacobians may take at a time. Windows
-    that need more are not tried; where the shortest one does, or `window=None`, the
-    solve is refused before it starts. Defaults to 4 GiB.
+    that need more are not tried. Where `window` leaves no choice explicit steps are
+    taken several at a time, and a solve of other steps is refused before it starts.
+    Defaults to 4 GiB.
 """
+
+
+def _linearize(step, y: State, has_aux: bool) -> tuple[Any, Callable[[State], State]]:
+    if not has_aux:
+        return jax.linearize(step, y)
+    value, pushforward, aux = jax.linearize(step, y, has_aux=True)
+    return (value, aux), pushforward
 
 
 class Blockwise(AbstractLinearisation):
@@ -121,8 +133,8 @@ class Blockwise(AbstractLinearisation):
         del groups, state_size
         return self
 
-    def __call__(self, step, y):
-        value, pushforward = jax.linearize(step, y)
+    def __call__(self, step, y, has_aux=False):
+        value, pushforward = _linearize(step, y, has_aux)
         entries = self.order.entries
         basis = np.zeros((self.order.size, y.shape[0] + 1), y.dtype)
         # The last column stands for padding.
@@ -164,8 +176,8 @@ class BlockDiagonal(AbstractLinearisation):
             )
         return Blockwise(BlockOrder(contiguous(self.size, num_blocks), state_size))
 
-    def __call__(self, step, y):
-        return self.for_map(lambda: None, y.shape[0])(step, y)
+    def __call__(self, step, y, has_aux=False):
+        return self.for_map(lambda: None, y.shape[0])(step, y, has_aux)
 
 
 BlockDiagonal.__init__.__doc__ = """**Arguments:**
@@ -194,8 +206,8 @@ class Diagonal(AbstractLinearisation):
         is_exact = found is not None and have_blocks(found, order)
         return Blockwise(order) if is_exact else self
 
-    def __call__(self, step, y):
-        value, pushforward = jax.linearize(step, y)
+    def __call__(self, step, y, has_aux=False):
+        value, pushforward = _linearize(step, y, has_aux)
         basis = jnp.eye(y.shape[0], dtype=y.dtype)
         A = jax.vmap(lambda e: jnp.sum(pushforward(e) * e))(basis)
         return value, A
@@ -230,10 +242,10 @@ class PairedDiagonal(AbstractLinearisation):
             )
         return BlockOrder(strided(2, state_size // 2), state_size)
 
-    def __call__(self, step, y):
+    def __call__(self, step, y, has_aux=False):
         order = self._order(y.shape[0])
         half = y.shape[0] // 2
-        value, pushforward = jax.linearize(step, y)
+        value, pushforward = _linearize(step, y, has_aux)
         basis = jnp.eye(2 * half, dtype=y.dtype).reshape(2, half, 2 * half)
         own_entries = lambda e, k: pushforward(e).reshape(2, half)[:, k]
         kept = jax.vmap(jax.vmap(own_entries), in_axes=(0, None))(
@@ -260,9 +272,9 @@ class Exact(AbstractLinearisation):
         order = None if found is None else find_blocks(found)
         return Dense(self.max_bytes) if order is None else Blockwise(order)
 
-    def __call__(self, step, y):
+    def __call__(self, step, y, has_aux=False):
         # Not asked beforehand what there is, all that is there is kept.
-        return Dense(self.max_bytes)(step, y)
+        return Dense(self.max_bytes)(step, y, has_aux)
 
 
 Exact.__init__.__doc__ = """**Arguments:**

@@ -111,17 +111,11 @@ class AbstractMethod(eqx.Module):
 
 def solve_sequentially(recurrence: AbstractRecurrence) -> TrajectorySolution:
     """One step after the other."""
-    num_steps, y0 = recurrence.num_steps, recurrence.y0
-
-    def step(y, index):
-        y = recurrence.step(index, y)
-        return y, y
-
-    if num_steps == 0:
-        ys = jnp.zeros((0, *y0.shape), y0.dtype)
-    else:
-        ys = lax.scan(step, y0, jnp.arange(num_steps, dtype=jnp.int32))[1]
-    return sequential_solution(ys)
+    if recurrence.num_steps == 0:
+        return sequential_solution(
+            jnp.zeros((0, *recurrence.y0.shape), recurrence.y0.dtype)
+        )
+    return sequential_solution(recurrence.loop())
 
 
 def sequential_solution(ys: Trajectory) -> TrajectorySolution:
@@ -148,8 +142,8 @@ class Sequential(AbstractMethod):
     What the parallel methods are compared with, by one word. In [`deer_ode.scan`][] it
     is `jax.lax.scan` itself, at full precision of products, and its derivatives are
     JAX's own, by storing every step. In [`deer_ode.DEER`][] it is a loop over the steps
-    of the base solver, and derivatives are those of the parallel methods: one affine
-    scan, for which only the trajectory is stored.
+    of the base solver, and derivatives are those of the parallel methods, for
+    which only the trajectory is stored.
     """
 
     @property

@@ -145,3 +145,20 @@ def is_reasonable(
         bound = jnp.maximum(bound, 2**10 * jnp.max(finite(largest), initial=0))
         bound = jnp.minimum(bound, most)
     return jnp.all(jnp.abs(ys) <= bound, axis=-1)
+
+
+def has_accelerator() -> bool:
+    """Whether JAX's default backend is anything but a CPU."""
+    return jax.default_backend() != "cpu"
+
+
+def by_platform(cpu: Callable[[], Any], elsewhere: Callable[[], Any]) -> Any:
+    """`cpu()` or `elsewhere()`, by what the program is compiled for.
+
+    `jax.lax.platform_dependent`, but where JAX's default backend is a CPU the other
+    program is not even traced, which would take as long as all the rest. (Exported from
+    there to accelerators, a program does as on a CPU, with the same answer.)
+    """
+    if not has_accelerator():
+        return cpu()
+    return lax.platform_dependent(cpu=cpu, default=elsewhere)

@@ -1,6 +1,7 @@
 r"""Recurrences $y_i = f_i(y_{i-1})$, as Newton's method sees them."""
 
 import abc
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,6 +48,8 @@ class Linearised(NamedTuple):
     """The terms that cancel in `defect`, by their absolute values: rounding alone makes
     a defect of this size times the rounding unit.
     """
+    reach: Trajectory
+    """How large each entry is at most on the way from the state before to each one."""
 
 
 class AbstractRecurrence(eqx.Module):
@@ -72,6 +75,16 @@ class AbstractRecurrence(eqx.Module):
     @abc.abstractmethod
     def step(self, index: Int[Array, ""], y: State) -> State:
         """$f_i(y)$ for the step of zero-based `index`: one sequential step."""
+
+    def loop(self) -> Trajectory:
+        """All steps, one after the other."""
+
+        def step(y, index):
+            y = self.step(index, y)
+            return y, y
+
+        indices = jnp.arange(self.num_steps, dtype=jnp.int32)
+        return lax.scan(step, self.y0, indices)[1]
 
     @property
     def num_before(self) -> int:
@@ -105,10 +118,11 @@ class AbstractRecurrence(eqx.Module):
     def sizes(self, ys: Trajectory) -> Trajectory:
         """How large the numbers are in which `ys` are computed, entry by entry."""
 
-    def amplitudes(self, ys: Trajectory, largest: State) -> Trajectory:
+    def amplitudes(self, ys: Trajectory, largest: State, stride: int = 1) -> Trajectory:
         """What is much for each entry at each step. `largest` is what it was at most
-        before.
+        before, and `stride` how many steps there are from one of `ys` to the next.
         """
+        del stride
         return lax.cummax(jnp.maximum(finite(jnp.abs(ys)), largest[None]))
 
     @abc.abstractmethod
@@ -141,9 +155,11 @@ class AbstractRecurrence(eqx.Module):
         """
 
 
-def cut(xs: PyTree[Array], start: Int[Array, ""], length: int) -> PyTree[Array]:
-    """`length` entries along the first axis of each leaf."""
-    return jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, start, length), xs)
+def cut(
+    xs: PyTree[Array], start: Int[Array, ""], length: int, axis: int = 0
+) -> PyTree[Array]:
+    """`length` entries along one axis of each leaf."""
+    return jtu.tree_map(lambda x: lax.dynamic_slice_in_dim(x, start, length, axis), xs)
 
 
 class AbstractMapRecurrence(AbstractRecurrence):
@@ -155,13 +171,31 @@ class AbstractMapRecurrence(AbstractRecurrence):
 
     f: eqx.AbstractVar[Callable[[State, Any], State]]
     xs: eqx.AbstractVar[PyTree[Array]]
+    is_explicit: eqx.AbstractVar[bool]
+    """Whether a step solves nothing within, so that it can be taken from any state, and
+    differentiated there.
+    """
+
+    @property
+    def xs_axis(self) -> int:
+        """Which axis of `xs` counts the steps."""
+        return 0
 
     @property
     def num_steps(self):
-        return jtu.tree_leaves(self.xs)[0].shape[0]
+        return jtu.tree_leaves(self.xs)[0].shape[self.xs_axis]
 
     def step(self, index, y):
-        return self.f(y, jtu.tree_map(lambda x: x[index], self.xs))
+        take = lambda x: lax.dynamic_index_in_dim(x, index, self.xs_axis, False)
+        return self.f(y, jtu.tree_map(take, self.xs))
+
+    def loop(self):
+        def step(y, x):
+            y = self.f(y, x)
+            return y, y
+
+        first = lambda x: jnp.moveaxis(x, self.xs_axis, 0)
+        return lax.scan(step, self.y0, jtu.tree_map(first, self.xs))[1]
 
     def part(self, start, length, y0):
         xs = cut(self.xs, start, length)
@@ -175,6 +209,20 @@ class AbstractMapRecurrence(AbstractRecurrence):
     def is_for_a_loop(self):
         return True
 
+    def coarse_ends(self, every: int) -> Trajectory:
+        """`coarse_trajectory` where its strides end, if they divide the steps."""
+        return self.coarse_trajectory(every)[every - 1 :: every]
+
+    def padded(self, num_steps: int) -> "AbstractMapRecurrence":
+        """With further steps, that can be taken but mean nothing."""
+        count = num_steps - self.num_steps
+        repeat = lambda x: jnp.concatenate([x, jnp.repeat(x[:1], count, axis=0)])
+        return eqx.tree_at(lambda r: r.xs, self, jtu.tree_map(repeat, self.xs))
+
+    def tracing(self) -> contextlib.AbstractContextManager:
+        """In what steps are traced."""
+        return jax.default_matmul_precision("highest")
+
     @abc.abstractmethod
     def groups(self) -> tuple[int, ...] | None:
         """For each entry of a state to which group it belongs: entries of different
@@ -186,7 +234,9 @@ class AbstractMapRecurrence(AbstractRecurrence):
 
     def evaluate(self, ys: Trajectory) -> Trajectory:
         r"""$f(y_{i-1}, x_i)$ for all steps at once."""
-        return jax.vmap(self.f)(previous_states(self.y0, ys), self.xs)
+        with self.tracing():
+            values = jax.vmap(self.f, in_axes=(0, self.xs_axis))
+            return values(previous_states(self.y0, ys), self.xs)
 
     def jacobians(
         self, ys: Trajectory, linearisation: AbstractLinearisation
@@ -196,16 +246,21 @@ class AbstractMapRecurrence(AbstractRecurrence):
         def linearise_step(y, x):
             return linearisation(lambda y: self.f(y, x), y)
 
-        return jax.vmap(linearise_step)(previous_states(self.y0, ys), self.xs)
+        with self.tracing():
+            all_steps = jax.vmap(linearise_step, in_axes=(0, self.xs_axis))
+            return all_steps(previous_states(self.y0, ys), self.xs)
 
     def linearise(self, ys, linearisation):
         values, A = self.jacobians(ys, linearisation)
+        return self._linearised(ys, values, A, jnp.abs(ys))
+
+    def _linearised(self, ys, values, A, reach) -> Linearised:
         # Any finite matrix will do where there is no derivative.
         A = jtu.tree_map(lambda a: jnp.where(jnp.isfinite(a), a, 0), A)
         residual = values - ys
         before = jnp.abs(previous_states(self.y0, ys))
-        size = self.sizes(ys) + apply(absolute(A), before)
-        return Linearised(residual, A, residual, size)
+        size = jnp.maximum(self.sizes(ys), reach) + apply(absolute(A), before)
+        return Linearised(residual, A, residual, size, reach)
 
     def linear_response(self, ys, tangent, linearisation):
         _, t_values = eqx.filter_jvp(
@@ -247,6 +302,10 @@ class Recurrence(AbstractMapRecurrence):
         self.flattener = flattener
 
     @property
+    def is_explicit(self):
+        return True
+
+    @property
     def num_before(self):
         return _NUM_BEFORE
 
@@ -270,32 +329,17 @@ class Recurrence(AbstractMapRecurrence):
         recent = jnp.maximum(leaf[1:], leaf[:-1])
         return jnp.maximum(own[1:], jnp.minimum(recent, _MOST * lax.cummax(own)[1:]))
 
-    def amplitudes(self, ys, largest):
+    def amplitudes(self, ys, largest, stride=1):
         """What was before a pulse, or after it, is not small beside it."""
         del largest
+        memory = max(1, _MEMORY // stride)
         own = finite(jnp.abs(jnp.concatenate([self.y0[None], ys])))
-        padding = -own.shape[0] % _MEMORY
+        padding = -own.shape[0] % memory
         stretches = jnp.pad(own, ((0, padding), (0, 0)))
-        stretches = stretches.reshape(-1, _MEMORY, own.shape[1])
+        stretches = stretches.reshape(-1, memory, own.shape[1])
         so_far = lax.cummax(stretches, axis=1)
         before = jnp.concatenate([so_far[:1, :1], so_far[:-1, -1:]])
         return jnp.maximum(so_far, before).reshape(-1, own.shape[1])[1 : own.shape[0]]
-
-    def sequential_response(self, ys: Trajectory, tangent: Any) -> Trajectory:
-        """What `linear_response` leads to, one step after the other: for Jacobians that
-        are too large to be kept.
-        """
-        _, b = eqx.filter_jvp(
-            lambda recurrence: recurrence.evaluate(ys), (self,), (tangent,)
-        )
-
-        def step(t_y, inputs):
-            y, x, b_i = inputs
-            _, t_y = jax.jvp(lambda y: self.f(y, x), (y,), (t_y,))
-            return (t_y + b_i,) * 2
-
-        starts = previous_states(self.y0, ys)
-        return lax.scan(step, jnp.zeros_like(self.y0), (starts, self.xs, b))[1]
 
     def flatten(self, ys):
         return jax.vmap(self.flattener.flatten)(ys)

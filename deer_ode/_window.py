@@ -34,7 +34,8 @@ _MOST_DOUBLINGS = 20
 
 # On a CPU windows pay where there are many of them: over a thousand steps that could be
 # solved at once they took up to 2.4 times as long. Longer ones than 256 steps were as
-# fast where all went well, and slower where it did not.
+# fast where all went well, and slower where it did not. (Another window, of a second
+# length, would double what there is to compile.)
 _CPU = 256
 _CPU_WHOLE = 1024
 _ACCELERATOR = (4096, 256)
@@ -74,9 +75,13 @@ class Window(eqx.Module):
                 f"the longest to the shortest; got {self.length!r}."
             )
 
-    def lengths(self, num_steps: int, is_cpu: bool) -> tuple[int, ...]:
-        """The windows for so many steps, from the longest to the shortest."""
-        if self.length is None and is_cpu:
+    def lengths(self, num_steps: int, is_cpu: bool, chunk: int) -> tuple[int, ...]:
+        """The windows for so many steps, from the longest to the shortest, where so
+        many of them are taken as one.
+        """
+        if self.length is None and is_cpu and chunk > 1:
+            lengths = (_CPU_WHOLE * chunk,)
+        elif self.length is None and is_cpu:
             lengths = (num_steps if num_steps <= _CPU_WHOLE else _CPU,)
         elif self.length is None:
             lengths = (num_steps, *_ACCELERATOR)
@@ -91,7 +96,8 @@ Window.__init__.__doc__ = """**Arguments:**
 
 - `length`: how many steps a window spans; or several lengths, from the longest to the
     shortest, each of which is compiled. By default, on a CPU, the whole interval up to
-    1,024 steps and 256 where there are more; on accelerators the whole interval, then
+    1,024 steps and 256 where there are more, or 1,024 times as many as are taken as one
+    (`chunk` of [`Newton`][deer_ode.Newton]); on accelerators the whole interval, then
     4,096, then 256.
 """
 
@@ -455,19 +461,21 @@ class March:
         )
         return self._enter(len(self.lengths) - 1, progress)
 
-    def run(self, fallback: bool) -> TrajectorySolution:
-        """All the way, or with `fallback=False` as far as it goes."""
+    def run(self, fallback: bool, ys: Trajectory | None = None) -> TrajectorySolution:
+        """All the way, or with `fallback=False` as far as it goes; from `ys`, or else
+        from the guess.
+        """
         attempt = lambda progress: self.check(self.iterate(progress))
         if fallback:
             # One loop, so that an iteration is compiled once.
             progress = lax.while_loop(
                 lambda progress: progress.num_good < self.num_steps,
                 lambda progress: self.take_steps(attempt(progress)),
-                self.begin(),
+                self.begin(ys),
             )
             nonfinite = first_nonfinite_step(progress.ys)
         else:
-            progress = attempt(self.begin())
+            progress = attempt(self.begin(ys))
             nonfinite = jnp.where(progress.is_stuck, progress.num_good, -1)
         if self.meter is not None:
             self.meter.close(self._show(progress).meter)

@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from jax.test_util import check_grads
 
 from deer_ode import affine_scan
-from deer_ode._affine import apply, parallel_scan, sequential_scan
+from deer_ode._affine import apply, kernel_scan, parallel_scan, sequential_scan
+from deer_ode._blocks import Blocks
 
 from .helpers import assert_close, rounding, unchecked
 
@@ -51,6 +52,58 @@ def test_agrees_with_the_loop(size, dtype, reverse, dense):
     for scan in (sequential_scan, parallel_scan):
         actual = jax.jit(scan, static_argnums=2)(A, b, reverse)
         assert_close(actual, expected, rounding(dtype), what=scan.__name__)
+
+
+KINDS = ("dense", "diagonal", "blocks")
+
+
+def stack_of(kind, num_steps, dtype=jnp.float64):
+    """Matrices and biases of five numbers, or of twelve: four blocks of three."""
+    size = 12 if kind == "blocks" else 5
+    A, b, _ = elements(jr.key(num_steps), num_steps, size, kind == "dense", dtype)
+    if kind == "blocks":
+        A = 0.5 * jr.normal(jr.key(1), (num_steps, 3, 3, 4), dtype)
+        return Blocks(A, None), b.reshape(num_steps, 3, 4)
+    return A, b
+
+
+# In one piece; in chunks with a rest; and without one.
+NUM_STEPS = (5, 50, 64)
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_ones_in_chunks(kind, reverse, num_steps, monkeypatch):
+    monkeypatch.setattr("deer_ode._affine._CHUNKS", 8)
+    A, b = stack_of(kind, num_steps)
+    expected = sequential_scan(A, b, reverse)
+    assert_close(parallel_scan(A, b, reverse), expected, rounding())
+
+
+@pytest.mark.parametrize("num_steps", NUM_STEPS)
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_kernels(kind, reverse, num_steps, monkeypatch):
+    """Interpreted, in chunks of four and of up to three levels."""
+    monkeypatch.setattr("deer_ode._lanes._CHUNK", 4)
+    monkeypatch.setattr("deer_ode._lanes._SHORT", 8)
+    A, b = stack_of(kind, num_steps)
+    expected = sequential_scan(A, b, reverse)
+    actual = kernel_scan(A, b, reverse, interpret=True)
+    assert_close(actual, expected, rounding())
+
+
+@pytest.mark.parametrize("scan", (parallel_scan, kernel_scan))
+def test_programs_do_not_grow_with_the_number_of_steps(scan):
+    def size(num_steps):
+        A, b = jnp.zeros((num_steps, 2, 2)), jnp.zeros((num_steps, 2))
+        text = str(jax.make_jaxpr(lambda A, b: scan(A, b, False))(A, b))
+        return text.count("\n")
+
+    # Programs differ by what is over where a number is not even.
+    assert size(100) < size(20_000)
+    assert abs(size(200_000) / size(20_000) - 1) < 0.2
 
 
 @pytest.mark.parametrize("num_steps", (0, 1, 2))

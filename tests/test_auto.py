@@ -65,6 +65,13 @@ def lowered(platform, num_steps, size):
     return f.trace(y0, xs).lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.fixture
+def with_accelerator(monkeypatch):
+    """Programs are traced as where there is one."""
+    monkeypatch.setattr("deer_ode._misc.has_accelerator", lambda: True)
+
+
+@pytest.mark.usefixtures("with_accelerator")
 @pytest.mark.parametrize(
     "num_steps, size, parallel", ((200, 3, True), (40, 3, False), (200, 64, True))
 )
@@ -79,6 +86,7 @@ def test_accelerators_get_all_steps_at_once(num_steps, size, parallel):
     assert bool(jacobians.search(lowered("cuda", num_steps, size))) == parallel
 
 
+@pytest.mark.usefixtures("with_accelerator")
 def test_large_jacobians_go_in_turn_everywhere():
     y0, xs = inputs(100, 64)
     mixed = lambda y, x: (jnp.tanh(jnp.mean(y) + x),) * 2

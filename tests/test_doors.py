@@ -638,6 +638,34 @@ def test_traced_times_need_a_bound():
     assert_close(bounded, run(None).ys, rounding())
 
 
+@pytest.mark.parametrize(
+    "t0, t1, dt0, num_steps",
+    (
+        # Two steps by division, of which rounding leaves one.
+        (1e8, 1e8 + 1, 1 - 1e-9, 1),
+        (0.0, 1.0, 0.3, 4),
+        (1.0, 0.0, -0.3, 4),
+        (0.0, 1.0, 1.0, 1),
+    ),
+)
+def test_the_number_of_steps_is_diffraxs(t0, t1, dt0, num_steps):
+    term, times = diffrax.ODETerm(lambda t, y, args: -y), (t0, t1, dt0)
+    y0 = jnp.array([1.0])
+    stock = diffrax.diffeqsolve(term, diffrax.Euler(), *times, y0)
+    ours = diffeqsolve(term, DEER(diffrax.Euler()), *times, y0)
+    assert int(stock.stats["num_steps"]) == int(ours.stats["num_steps"]) == num_steps
+    assert_close(ours.ys, stock.ys, rounding())
+
+
+def test_fewer_steps_than_were_counted():
+    term = diffrax.ODETerm(lambda t, y, args: -y)
+    with pytest.raises(RuntimeError, match="fewer steps than `max_steps`"):
+        diffrax.diffeqsolve(
+            term, DEER(diffrax.Euler()), 0.0, 1.0, 0.25, jnp.array([1.0]),
+            adjoint=ParallelAdjoint(is_counted=True), max_steps=5,
+        )  # fmt: skip
+
+
 def test_refusals():
     args = lotka_volterra_args()
     parallel = dict(adjoint=ParallelAdjoint())
@@ -658,7 +686,7 @@ def test_refusals():
         loss = lambda y0: jnp.sum(run("c", y0=y0, adjoint=backsolve).ys)
         jax.grad(loss)(Y0)
     with pytest.raises(ValueError, match="need 240 bytes.*Diagonal"):
-        method = Newton(Dense(max_bytes=100))
+        method = Newton(Dense(max_bytes=100), window=None, chunk=1)
         run("a", y0=Y0[:1], dt0=0.1, term=diffrax.ODETerm(lambda t, y, a: -y),
             method=method)  # fmt: skip
     with pytest.raises(ValueError, match="positive integer or `None`; got 0"):

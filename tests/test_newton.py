@@ -10,13 +10,22 @@ import optimistix as optx
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from deer_ode import Coarse, Constant, Dense, Diagonal, Newton, Trajectory
+from deer_ode import (
+    Coarse,
+    Constant,
+    Dense,
+    Diagonal,
+    Newton,
+    Trajectory,
+    solve_recurrence,
+)
 from deer_ode._implicit import solve_trajectory
 from deer_ode._misc import StateFlattener
 from deer_ode._recurrence import Recurrence
 
 from .helpers import (
     assert_close,
+    both,
     finite_difference,
     random_like,
     rounding,
@@ -276,6 +285,41 @@ def test_tolerances_are_used():
     assert float(solution.residual) <= 1e-2
 
 
+def test_a_batch_of_long_ones():
+    """One after the other on a CPU: in the memory of one, each with its own count."""
+    size, num_steps = 8, 1100
+    keys = jr.split(jr.key(0), 3)
+    weights = jr.normal(keys[0], (size, size)) / size**0.5
+    # The last one is hard.
+    gains = jnp.array([0.3, 0.6, 0.9, 3.0])
+    xs = jr.normal(keys[1], (num_steps, size))
+
+    def states(gain):
+        f = both(lambda y, x: jnp.tanh(gain * (weights @ y)) + x)
+        sol = solve_recurrence(f, jnp.zeros(size), xs, method=Newton())
+        return sol.ys, sol.stats["num_newton_steps"]
+
+    def loop(gain):
+        f = both(lambda y, x: jnp.tanh(gain * (weights @ y)) + x)
+        return lax.scan(f, jnp.zeros(size), xs)[1]
+
+    batch = jax.jit(jax.vmap(states)).lower(gains).compile()
+    ys, counts = batch(gains)
+    assert_close(ys[:3], jax.vmap(loop)(gains[:3]), rounding())
+    single = jax.jit(states).lower(gains[0]).compile()
+    assert counts.tolist() == [int(single(gain)[1]) for gain in gains]
+    assert counts[0] < counts[3]
+    used = lambda program: program.memory_analysis().temp_size_in_bytes
+    assert used(batch) < 2 * used(single)
+
+    def slopes(run):
+        loss = lambda gain: jnp.mean(run(gain) ** 2)
+        return jax.jit(jax.vmap(jax.vmap(jax.grad(loss))))(gains[:3][None])
+
+    ours = slopes(lambda gain: states(gain)[0])
+    assert_close(ours, slopes(loop), rounding())
+
+
 def test_bad_input():
     inputs = problem(num_steps=5)
     with pytest.raises(ValueError, match="newton_max_steps.*got 0"):
@@ -289,7 +333,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"3 numbers.*got 2 numbers"):
         solve(*inputs, Newton(guess=Trajectory(jnp.zeros((5, 2)))))
     with pytest.raises(ValueError, match="need 360 bytes, more than the 100"):
-        solve(*inputs, Newton(Dense(max_bytes=100), Constant()))
+        solve(*inputs, Newton(Dense(max_bytes=100), Constant(), window=None, chunk=1))
     for bad in (dict(linearisation=0.5), dict(guess=jnp.zeros((5, 3)))):
         with pytest.raises(ValueError, match="must be a"):
             unchecked(Newton.__check_init__)(_fake(**bad))

@@ -202,7 +202,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             solved = solve_blocks(B, -jnp.concatenate([F[..., None], C], axis=-1))
             before = jnp.abs(previous_states(self.y0, ys))
             size = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
-        return Linearised(solved[..., 0], solved[..., 1:], F, size)
+        return Linearised(solved[..., 0], solved[..., 1:], F, size, reach=jnp.abs(ys))
 
     def linear_response(self, ys, tangent, linearisation):
         del linearisation  # it is the exact one that is asked for

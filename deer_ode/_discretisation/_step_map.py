@@ -246,16 +246,31 @@ class StepMap(AbstractMapRecurrence):
         xs = jtu.tree_map(lambda x, x0: select(fine, x, x0), self.xs, x)
         return values, fine, starts, xs
 
+    def padded(self, num_steps):
+        padded = super().padded(num_steps)
+        count = num_steps - self.num_steps
+        grid, end = self.xs.grid, self.xs.grid.tnext[-1:]
+        times = jnp.repeat(end, count)
+        grid = Grid(
+            jnp.concatenate([grid.tprev, times]),
+            jnp.concatenate([grid.tnext, times]),
+            jnp.concatenate([grid.active, jnp.zeros(count, bool)]),
+        )
+        return eqx.tree_at(lambda r: r.xs.grid, padded, grid)
+
+    def tracing(self):
+        return tracing_steps()
+
     # Rules of derivatives are traced where they are used: errors in them as well.
     def evaluate(self, ys):
-        with tracing_steps():
+        with self.tracing():
             if self.is_explicit:
                 return super().evaluate(ys)
             values, fine, starts, xs = self._harmless(ys)
             return jnp.where(fine[:, None], jax.vmap(self.f)(starts, xs), values)
 
     def jacobians(self, ys, linearisation):
-        with tracing_steps():
+        with self.tracing():
             if self.is_explicit:
                 return super().jacobians(ys, linearisation)
             values, _, starts, xs = self._harmless(ys)
@@ -264,11 +279,14 @@ class StepMap(AbstractMapRecurrence):
             )
             return values, A
 
-    def coarse_trajectory(self, every):
-        grid, num_steps = self.xs.grid, self.num_steps
+    def _coarse(self, every):
+        """Where strides of `every` steps end, one after the other; what they were, and
+        the sums of Brownian increments from the start of each stride.
+        """
+        grid = self.xs.grid
         coarse_grid = grid.coarsen(every)
         num_coarse = coarse_grid.num_steps
-        padding = num_coarse * every - num_steps
+        padding = num_coarse * every - self.num_steps
 
         def blocks(x):
             # Nothing comes from steps that are not made.
@@ -287,9 +305,18 @@ class StepMap(AbstractMapRecurrence):
             return y, y
 
         _, ends = lax.scan(step, self.y0, coarse)
-        ends = hold_last_good(self.y0, ends, is_reasonable(ends))
+        return hold_last_good(self.y0, ends, is_reasonable(ends)), coarse, sums
+
+    def coarse_ends(self, every):
+        return self._coarse(every)[0]
+
+    def coarse_trajectory(self, every):
+        grid, num_steps = self.xs.grid, self.num_steps
+        ends, coarse, sums = self._coarse(every)
         if every == 1:
             return ends
+        num_coarse = ends.shape[0]
+        padding = num_coarse * every - num_steps
         starts = previous_states(self.y0, ends)
         if sums is None:
             # Within a coarse step only the time differs, so the step is taken once.
@@ -302,7 +329,7 @@ class StepMap(AbstractMapRecurrence):
             # increments from the start of a coarse step to each of its points are
             # known: so a step is taken to each.
             which = jnp.arange(num_steps) // every
-            parts = Grid(coarse_grid.tprev[which], grid.tnext, grid.active)
+            parts = Grid(coarse.grid.tprev[which], grid.tnext, grid.active)
             one_axis = lambda x: x.reshape(-1, *x.shape[2:])[:num_steps]
             parts = StepInputs(parts, jtu.tree_map(one_axis, sums))
             ys = jax.vmap(self.f)(starts[which], parts)

@@ -1,0 +1,176 @@
+"""Derivatives without all Jacobians at once: the same ones."""
+
+import functools as ft
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+from deer_ode import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    Exact,
+    Newton,
+    scan,
+    solve_recurrence,
+)
+
+from .helpers import assert_close, both, rounding, tanh_cell, tanh_network
+
+
+def in_pairs(weights, y, x):
+    """Entries `2 k` and `2 k + 1` belong together."""
+    pairs = y.reshape(-1, 2)
+    return jnp.tanh(jnp.einsum("kij,kj->ki", weights, pairs)).reshape(-1) + x
+
+
+NUM_STEPS = 24
+
+# Three of the Jacobians of four entries.
+SMALL = 3 * 16 * 8
+
+
+def problem(num_steps=NUM_STEPS):
+    keys = jr.split(jr.key(0), 3)
+    weights = 0.4 * jr.uniform(keys[0], (2, 2, 2), minval=-1.0)
+    return weights, jr.normal(keys[1], (4,)), jr.normal(keys[2], (num_steps, 4))
+
+
+def derivatives(run, *inputs):
+    """Of first and second order, reverse and reverse over forward."""
+
+    def value(weights, y0, xs):
+        return jnp.sum(jnp.sin(run(both(ft.partial(in_pairs, weights)), y0, xs)))
+
+    def along(weights, y0, xs):
+        return jax.jvp(lambda w: value(w, y0, xs), (weights,), (weights,))[1]
+
+    first = jax.grad(value, (0, 1, 2))(*inputs)
+    return first, jax.grad(along, (0, 1, 2))(*inputs)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    in_turn = lambda f, y0, xs: lax.scan(f, y0, xs)[1]
+    return jax.jit(ft.partial(derivatives, in_turn))(*problem())
+
+
+@pytest.mark.parametrize(
+    "linearisation",
+    (Exact(), Dense(), Dense(SMALL), Diagonal(), BlockDiagonal(2)),
+    ids=str,
+)
+@pytest.mark.parametrize("chunk", (None, 9), ids=("steps", "chunks"))
+def test_derivatives(linearisation, chunk, expected):
+    """Also with few Jacobians at a time, and whatever the forward pass used."""
+    method = Newton(linearisation, chunk=chunk)
+    ours = lambda f, y0, xs: solve_recurrence(f, y0, xs, method=method).ys
+    actual = jax.jit(ft.partial(derivatives, ours))(*problem())
+    assert_close(actual, expected, rounding())
+
+
+@pytest.mark.parametrize("length", (1, 7, 8, 24))
+@pytest.mark.parametrize("linearisation", (Exact(), Dense()), ids=str)
+def test_windows_of_any_length(linearisation, length, monkeypatch, expected):
+    """With a last window that is full, and one that is not."""
+    monkeypatch.setattr("deer_ode._implicit._CPU_WINDOW", length)
+    method = Newton(linearisation)
+    ours = lambda f, y0, xs: solve_recurrence(f, y0, xs, method=method).ys
+    actual = jax.jit(ft.partial(derivatives, ours))(*problem())
+    assert_close(actual, expected, rounding())
+
+
+def test_in_turn(monkeypatch, expected):
+    monkeypatch.setattr("deer_ode._implicit._LARGE_WORK", -1)
+    ours = lambda f, y0, xs: solve_recurrence(f, y0, xs, method=Newton(Dense())).ys
+    actual = jax.jit(ft.partial(derivatives, ours))(*problem())
+    assert_close(actual, expected, rounding())
+
+
+def gradient(run):
+    def value(weights, y0, xs):
+        f = both(ft.partial(tanh_cell, weights))
+        return jnp.sum(run(f, y0, xs)[1] ** 2)
+
+    return jax.jit(jax.grad(value, (0, 1, 2)))
+
+
+def test_many_windows():
+    """What is done by default, of 1,300 steps."""
+    inputs = tanh_network(1300, gain=0.9)
+    assert_close(gradient(scan)(*inputs), gradient(lax.scan)(*inputs), rounding())
+
+
+@pytest.mark.parametrize("work", (-1, 1e9), ids=("in turn", "in windows"))
+def test_no_derivative_at_the_start(work, monkeypatch):
+    """Of a root at zero; `y0` is no unknown, and the padding repeats that step."""
+    monkeypatch.setattr("deer_ode._implicit._LARGE_WORK", work)
+
+    def value(run, xs):
+        mixed = jnp.array([[0.5, 0.2], [0.1, 0.4]])
+        step = lambda y, x: mixed @ jnp.sqrt(y) + x
+        return jnp.sum(run(both(step), jnp.zeros(2), xs)[1])
+
+    xs = jr.uniform(jr.key(0), (600, 2))
+    slopes = lambda run: jax.jit(jax.grad(ft.partial(value, run)))(xs)
+    expected = slopes(lax.scan)
+    assert bool(jnp.all(jnp.isfinite(expected)))
+    assert_close(slopes(scan), expected, rounding())
+    ours = ft.partial(value, scan)
+    _, along = jax.jit(lambda xs: jax.jvp(ours, (xs,), (jnp.ones_like(xs),)))(xs)
+    assert_close(along, jnp.sum(expected), rounding())
+
+
+@pytest.mark.parametrize("num_steps", (8, 600))
+def test_steps_that_have_forward_derivatives_only(num_steps):
+    def step(y, x):
+        _, turned = lax.while_loop(
+            lambda carry: carry[0] < 3,
+            lambda carry: (carry[0] + 1, jnp.tanh(0.9 * carry[1])),
+            (0, y),
+        )
+        return (turned + x,) * 2
+
+    xs = jr.normal(jr.key(0), (num_steps, 2))
+
+    def along(run):
+        states = lambda xs: run(step, jnp.zeros(2), xs)[1]
+        return jax.jit(lambda xs: jax.jvp(states, (xs,), (jnp.cos(xs),)))(xs)
+
+    assert_close(along(scan), along(lax.scan), rounding())
+
+
+def test_little_memory_allowed():
+    """Of 1,300 steps the Jacobians of 36, and of none."""
+    inputs = tanh_network(1300, gain=0.9)
+    run = ft.partial(scan, method=Newton(Dense(36 * 9 * 8), window=None))
+    assert_close(gradient(run)(*inputs), gradient(lax.scan)(*inputs), rounding())
+    # Halved from 512 until they fit.
+    text = str(jax.make_jaxpr(gradient(run))(*inputs))
+    assert "f64[32,3,3]" in text and "f64[512,3,3]" not in text
+    with pytest.raises(ValueError, match="dense Jacobians of 1 steps.*72 bytes"):
+        gradient(ft.partial(scan, method=Newton(Dense(8))))(*inputs)
+
+
+def test_both_branches_of_a_program_for_any_platform(monkeypatch):
+    """Where there is an accelerator both are traced, and JAX chooses."""
+    inputs = tanh_network(70, gain=0.9)
+    monkeypatch.setattr("deer_ode._misc.has_accelerator", lambda: True)
+    run = ft.partial(scan, method=Newton(Dense(20 * 9 * 8)))
+    assert_close(gradient(run)(*inputs), gradient(lax.scan)(*inputs), rounding())
+    assert "platform_index" in str(jax.make_jaxpr(gradient(run))(*inputs))
+
+
+def test_memory_of_gradients():
+    """Beside 4,000 steps of 16 numbers their Jacobians would be sixteen times as much.
+
+    A few trajectories are needed: the states, what changes them, and what JAX keeps to
+    work that out.
+    """
+    inputs = tanh_network(4000, gain=0.9, size=16)
+    program = gradient(scan).lower(*inputs).compile()
+    used = program.memory_analysis().temp_size_in_bytes
+    assert used < 8 * inputs[2].nbytes
