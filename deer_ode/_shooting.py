@@ -92,12 +92,16 @@ class Chunks(AbstractMapRecurrence):
     def xs_axis(self):
         return 1
 
+    def _take(self, y: State, inputs: Any) -> State:
+        """One of the steps within."""
+        x, active = inputs
+        return jnp.where(active, self.steps.f(y, x), y)
+
     def _through(self, y: State, inputs: Any) -> tuple[State, Trajectory]:
         """Where a chunk ends, and all states on the way."""
 
         def step(y, inputs):
-            x, active = inputs
-            y = jnp.where(active, self.steps.f(y, x), y)
+            y = self._take(y, inputs)
             return y, y
 
         return lax.scan(step, y, inputs)
@@ -107,8 +111,7 @@ class Chunks(AbstractMapRecurrence):
 
         def step(carry, inputs):
             y, reach = carry
-            x, active = inputs
-            y = jnp.where(active, self.steps.f(y, x), y)
+            y = self._take(y, inputs)
             now = finite(jnp.abs(lax.stop_gradient(y)))
             return (y, jnp.maximum(reach, now)), None
 
