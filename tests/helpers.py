@@ -1,5 +1,6 @@
 """Problems, solvers and comparisons that the tests share."""
 
+import functools as ft
 import operator
 
 import diffrax
@@ -118,6 +119,18 @@ def tanh_network(num_steps, size=3, gain=1.0, seed=0):
 def both(f):
     """A step as `lax.scan` has it, from what makes a state of a state."""
     return lambda y, x: (f(y, x),) * 2
+
+
+@eqx.filter_jit
+def solve_tanh_network(weights, y0, xs, method, reverse=False, guess=None, throw=True):
+    """The recurrence of `tanh_cell`, by `method`."""
+    # Not before the import hook that checks annotations.
+    from deer_ode import solve_recurrence
+
+    f = both(ft.partial(tanh_cell, weights))
+    return solve_recurrence(
+        f, y0, xs, reverse=reverse, method=method, guess=guess, throw=throw
+    )
 
 
 # A root finder that goes on to rounding, so that solvers agree beyond its tolerance.

@@ -23,15 +23,15 @@ from deer_ode import (
 )
 from deer_ode._shooting import chunk_that_fits
 
-from .helpers import ROOT_FINDER, assert_close, both, rounding, tanh_cell, tanh_network
-
-
-@eqx.filter_jit
-def solve(weights, y0, xs, method, reverse=False, guess=None, throw=True):
-    f = both(ft.partial(tanh_cell, weights))
-    return solve_recurrence(
-        f, y0, xs, reverse=reverse, method=method, guess=guess, throw=throw
-    )
+from .helpers import (
+    ROOT_FINDER,
+    assert_close,
+    both,
+    rounding,
+    solve_tanh_network as solve,
+    tanh_cell,
+    tanh_network,
+)
 
 
 @eqx.filter_jit

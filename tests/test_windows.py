@@ -27,7 +27,14 @@ from deer_ode import (
 )
 from deer_ode._misc import is_reasonable
 
-from .helpers import assert_close, both, rounding, tanh_cell, tanh_network
+from .helpers import (
+    assert_close,
+    both,
+    rounding,
+    solve_tanh_network as solve,
+    tanh_cell,
+    tanh_network,
+)
 
 
 F32 = jnp.float32
@@ -112,14 +119,6 @@ def test_answers_that_were_wrong_once(name):
 
 def problem(num_steps=100, size=3, gain=0.8, seed=0):
     return tanh_network(num_steps, size, gain, seed)
-
-
-@eqx.filter_jit
-def solve(weights, y0, xs, method, reverse=False, guess=None, throw=True):
-    f = both(ft.partial(tanh_cell, weights))
-    return solve_recurrence(
-        f, y0, xs, reverse=reverse, method=method, guess=guess, throw=throw
-    )
 
 
 @eqx.filter_jit
