@@ -28,37 +28,29 @@ def cases(plan: Plan) -> list[Case]:
     for steps in plan.choose_steps(LENGTHS, LENGTHS, (100,)):
         gru = {k: f for k, f in _gru.RIVALS.items() if k != "plain DEER"}
         of = (lotka_volterra.field, _STEP * steps, steps)
+        case = ft.partial(Case, family="length", steps=steps, work="forward")
         out += [
-            Case(
-                family="length",
+            case(
                 name="affine_scan 4",
                 n=4,
-                steps=steps,
                 dtype="float32",
-                work="forward",
                 programs={"default": deer_ode.affine_scan, "lax.scan": _affine.loop},
                 arguments=ft.partial(_affine.arguments, 4, steps, "float32", False),
                 reference="lax.scan",
             ),
-            Case(
-                family="length",
+            case(
                 name="GRU 4",
                 n=4,
-                steps=steps,
                 dtype="float32",
-                work="forward",
                 programs={k: ft.partial(_gru_states, states=f) for k, f in gru.items()},
                 arguments=ft.partial(_gru.arguments, 4, steps, 1, "float32"),
                 reference="lax.scan",
             ),
-            Case(
-                family="length",
+            case(
                 name="Lotka-Volterra",
                 n=2,
-                steps=steps,
                 # Single precision could not tell so many times apart.
                 dtype="float64",
-                work="forward",
                 programs={
                     "default": _ode.deer(*of),
                     "newton": _ode.deer(*of, _ode.NEWTON),
