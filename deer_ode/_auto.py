@@ -70,6 +70,9 @@ class Auto(AbstractMethod):
     def report_to(self, meter):
         return Auto(self.newton.report_to(meter))
 
+    def is_loop_on_cpu(self, recurrence):
+        return recurrence.is_for_a_loop
+
     def solve(self, recurrence):
         if not recurrence.is_for_a_loop:
             return self.newton.solve(recurrence)

@@ -10,65 +10,53 @@ in $\dot\theta$ and JAX can transpose it, so this one rule gives forward and rev
 derivatives of every order. Nothing of the iterations is stored.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.tree_util as jtu
 
 from ._affine import affine_solve
+from ._costs import is_for_a_loop, is_for_backpropagation
 from ._custom_types import Trajectory
-from ._linearisation import AbstractLinearisation, Dense
-from ._method import AbstractMethod, TrajectorySolution
+from ._linearisation import AbstractLinearisation
+from ._method import AbstractMethod, TrajectorySolution, sequential_solution
 from ._misc import by_platform
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
-from ._response import response_in_turn, response_in_windows
+from ._response import jvp_of_loop, response_in_turn, response_in_windows
 
 
 # On a CPU the Jacobians of so many steps stay in its cache. With windows of 128 to 512
 # steps gradients took between half the time and as much as with all of them at once.
 _CPU_WINDOW = 512
 
-# So many operations for one Jacobian take as long on two cores as the loops that
-# back-propagation is (a GRU of 32 entries, Tsit5 on a network of width 32 from 16).
-_LARGE_WORK = 150_000
-
 
 @eqx.filter_custom_jvp
 def _solve(
-    recurrence: AbstractRecurrence, method: AbstractMethod
+    recurrence: AbstractRecurrence, method: AbstractMethod, run: Callable
 ) -> TrajectorySolution:
-    return method.solve(recurrence)
+    del method
+    return run(recurrence)
 
 
 @_solve.def_jvp
 def _solve_jvp(primals, tangents):
-    recurrence, method = primals
-    t_recurrence, _ = tangents
-    # Solved by the rule's own function, so that higher derivatives come here again.
-    solution = _solve(recurrence, method)
-    t_solution = jtu.tree_map(lambda _: None, solution)
+    recurrence, method, run = primals
+    t_recurrence, *_ = tangents
     if len(jtu.tree_leaves(t_recurrence)) == 0:
-        return solution, t_solution
-    ys = solution.ys
+        solution = _solve(recurrence, method, run)
+        return solution, jtu.tree_map(lambda _: None, solution)
     # What the forward pass used may have been cheaper; a derivative needs all of it.
     exact = recurrence.choose(method.exact_linearisation)
-    t_ys = _response(recurrence, exact, ys, t_recurrence)
+    if method.is_loop_on_cpu(recurrence) and is_for_backpropagation(recurrence, exact):
+        ys, t_ys = jvp_of_loop(recurrence, t_recurrence)
+        solution = sequential_solution(ys)
+    else:
+        # By the rule's own function, so that higher derivatives come here again.
+        solution = _solve(recurrence, method, run)
+        t_ys = _response(recurrence, exact, solution.ys, t_recurrence)
+    t_solution = jtu.tree_map(lambda _: None, solution)
     return solution, t_solution._replace(ys=t_ys)
-
-
-def _work_of_jacobian(recurrence: AbstractMapRecurrence) -> float:
-    """How many operations the Jacobian of a step takes, by XLA's own count."""
-
-    def tangent(y, t_y, x):
-        return jax.jvp(lambda y: recurrence.f(y, x), (y,), (t_y,))[1]
-
-    y0, xs = recurrence.y0, recurrence.xs
-    one = jax.ShapeDtypeStruct(y0.shape, y0.dtype)
-    x = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
-    with recurrence.tracing():
-        costs = jax.jit(tangent).lower(one, one, x).cost_analysis()
-    return y0.size * (costs or {}).get("flops", 0.0)
 
 
 def _response(
@@ -100,8 +88,7 @@ def _response(
         return response_in_windows(recurrence, ys, changes(), exact, length)
 
     def on_cpu():
-        is_dense = isinstance(exact, Dense) and recurrence.is_explicit
-        if is_dense and _work_of_jacobian(recurrence) > _LARGE_WORK:
+        if is_for_a_loop(recurrence, exact):
             return response_in_turn(recurrence, ys, changes())
         return in_windows(min(_CPU_WINDOW, num_steps))
 
@@ -112,4 +99,6 @@ def solve_trajectory(
     recurrence: AbstractRecurrence, method: AbstractMethod
 ) -> TrajectorySolution:
     """Solves `recurrence` by `method`, differentiably in all leaves of `recurrence`."""
-    return _solve(recurrence, method)
+    # JAX asks for it by itself and again within its derivatives: traced once for both.
+    run = eqx.filter_closure_convert(method.solve, recurrence)
+    return _solve(recurrence, method, run)

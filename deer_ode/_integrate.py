@@ -13,7 +13,7 @@ from jaxtyping import ArrayLike, PyTree
 
 from ._custom_types import Args, Y
 from ._discretisation import AbstractImplicitTerm, consistent_initial_values
-from ._parallel_adjoint import ParallelAdjoint
+from ._parallel_adjoint import CountedSteps, ParallelAdjoint
 from ._solver import DEER
 
 
@@ -200,6 +200,8 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
                 "`ConstantStepSize()`; got `dt0=None`."
             )
         max_steps, is_counted = _count_steps(t0, t1, dt0, kwargs["saveat"])
+        # A solve that is resumed goes on counting.
+        is_counted = is_counted and kwargs["controller_state"] is None
         if max_steps is None:
             raise ValueError(
                 "The number of steps must be known while tracing, but cannot be "
@@ -207,6 +209,8 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
                 "least the number of steps, or step to given times with "
                 "`stepsize_controller=diffrax.StepTo(ts)`."
             )
+    if adjoint is None:
+        adjoint = CountedSteps() if is_counted else ParallelAdjoint()
     return diffrax.diffeqsolve(
         terms,
         solver,
@@ -215,7 +219,7 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
         dt0,
         y0,
         args,
-        adjoint=ParallelAdjoint(is_counted) if adjoint is None else adjoint,
+        adjoint=adjoint,
         max_steps=max_steps,
         **kwargs,
     )

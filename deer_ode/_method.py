@@ -64,6 +64,11 @@ class AbstractMethod(eqx.Module):
     def solve(self, recurrence: AbstractRecurrence) -> TrajectorySolution:
         """Finds the trajectory of `recurrence`. Not differentiable by itself."""
 
+    def is_loop_on_cpu(self, recurrence: AbstractRecurrence) -> bool:
+        """Whether on a CPU steps are taken one by one, from the first to the last."""
+        del recurrence
+        return False
+
     @property
     @abc.abstractmethod
     def guess(self) -> AbstractPredictor:
@@ -152,6 +157,10 @@ class Sequential(AbstractMethod):
 
     @property
     def fallback(self):
+        return True
+
+    def is_loop_on_cpu(self, recurrence):
+        del recurrence
         return True
 
     def solve(self, recurrence):

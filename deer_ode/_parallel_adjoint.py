@@ -6,8 +6,9 @@ Given in place of the while loop a function that makes the loop's final state in
 parallel, everything before and after it stays Diffrax's own.
 """
 
+from typing import ClassVar
+
 import diffrax
-import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.lax as lax
@@ -61,26 +62,40 @@ def _controller_grid(
     # As Diffrax does: no last step that is nothing but rounding.
     floor = jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)
 
-    def end_of(step):
-        """Of steps counted from zero. Each entry by itself, so that XLA makes one pass
-        over the grid.
+    def between(step):
+        """The end of a step that is neither the first nor the last, which are counted
+        from zero.
         """
         count = num_before + step
         bounded = t_start + (t_end - t_start) * (
             count.astype(dtype) / num_total.astype(dtype)
         )
-        bounded = jnp.where(count >= num_total, t_end, bounded)
         endless = state.tnext + t_end * step.astype(dtype)
-        end = jnp.where(num_total >= 0, bounded, endless)
-        end = jnp.where(end > floor, t1, end)
-        return jnp.where(step == 0, jnp.minimum(state.tnext, t1), end)
+        return jnp.where(num_total >= 0, bounded, endless)
 
+    def end_of(step):
+        """Of any step, and of those after the last one."""
+        is_last = (num_total >= 0) & (num_before + step >= num_total)
+        end = jnp.where(is_last, t_end, between(step))
+        end = jnp.where(end > floor, t1, end)
+        return jnp.where(step == 0, first, end)
+
+    first = jnp.minimum(state.tnext, t1)
+    # Each entry by itself, so that XLA makes one pass over the grid.
     steps = jnp.arange(max_steps, dtype=jnp.int32)
-    tnext = end_of(steps)
-    tprev = jnp.where(steps == 0, state.tprev, end_of(steps - 1))
-    # XLA takes out of the steps what it sees to be true throughout.
-    active = jnp.ones(max_steps, bool) if is_counted else tprev < t1
-    return Grid(tprev, tnext, active)
+    if is_counted:
+        # Little work for each, since a loop over cheap steps does not take much longer;
+        # and XLA takes out of the steps what it sees to be true throughout.
+        last = end_of(jnp.asarray(max_steps - 1, jnp.int32))
+        ends = jnp.where(steps == 0, first, between(steps))
+        tnext = jnp.where(steps == max_steps - 1, last, ends)
+        starts = jnp.where(steps == 1, first, between(steps - 1))
+        active = jnp.ones(max_steps, bool)
+    else:
+        tnext, starts = end_of(steps), end_of(steps - 1)
+        active = None
+    tprev = jnp.where(steps == 0, state.tprev, starts)
+    return Grid(tprev, tnext, tprev < t1 if active is None else active)
 
 
 def _controller_state(controller, state: State, num_steps):
@@ -175,15 +190,11 @@ def _all_steps(
     steps = discretised.take_steps(solution.ys)
 
     # How many steps Diffrax would have made, and why no more.
-    is_running = (state.result == diffrax.RESULTS.successful) & (state.tprev < t1)
-    num_steps = jnp.where(is_running, grid.num_active, 0)
+    is_running = state.result == diffrax.RESULTS.successful
     if is_counted:
-        num_steps = eqx.error_if(
-            num_steps,
-            is_running & (grid.tprev[-1] >= t1),
-            "`ParallelAdjoint(is_counted=True)`: there are fewer steps than "
-            "`max_steps`. Give their number, or leave out `is_counted`.",
-        )
+        num_steps = jnp.where(is_running, grid.num_steps, 0).astype(jnp.int32)
+    else:
+        num_steps = jnp.where(is_running & (state.tprev < t1), grid.num_active, 0)
     num_wanted = num_steps
     result = state.result
     if steps.result is not None:
@@ -211,6 +222,10 @@ def _all_steps(
         diffrax.RESULTS.promote(method.result(solution, num_wanted)),
         result,
     )
+    # Whether it is known while tracing that all steps are made.
+    are_all = is_counted and event is None and steps.result is None and method.fallback
+    if are_all:
+        num_steps, result = jnp.asarray(grid.num_steps, jnp.int32), state.result
 
     made_any = num_steps > 0
     last = jnp.maximum(num_steps - 1, 0)
@@ -230,6 +245,7 @@ def _all_steps(
         num_steps,
         ys,
         lambda ts, index: discretised.evaluate(solution.ys, steps, ts, index),
+        are_all,
     )
     with tracing_steps():
         save_state = jtu.tree_map(
@@ -307,33 +323,11 @@ _EVENT_FIELDS = (
 )
 
 
-class ParallelAdjoint(diffrax.AbstractAdjoint):
-    r"""Makes `diffrax.diffeqsolve` take all its steps in parallel.
+class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
+    """All steps of Diffrax's loop at once."""
 
-    `diffrax.diffeqsolve(terms, DEER(solver), ..., adjoint=ParallelAdjoint(),
-    max_steps=...)` gives the solution of `solver` on the same steps, with everything
-    that Diffrax's `Solution` has. Its `stats` also hold
-
-    - `num_newton_steps`: iterations of Newton's method, over windows of the interval or
-        all of it; zero where [`deer_ode.Auto`][] chose a loop over the steps;
-    - `newton_residual`: the largest residual of the converged steps, in units of the
-        state, before the last correction;
-    - `newton_damping`: the largest $\lambda$ of [`deer_ode.LevenbergMarquardt`][];
-    - `num_windows`: how often a window moved on, and one;
-    - `num_fallback_steps`: how many steps were taken one after the other;
-    - `first_nonfinite_step`: the first step to a state that is not finite, counted from
-        zero; -1 if there is none.
-
-    The steps must be known beforehand: `ConstantStepSize()` or `StepTo(ts)`. With the
-    former the solve is sized for `max_steps` steps, and pays for those that are not
-    needed: give the true number. [`deer_ode.diffeqsolve`][] does so by itself.
-
-    Derivatives are exact, those of the discrete solution, forward and reverse and to
-    any order, by the implicit function theorem. No checkpoints are kept.
-
-    """
-
-    is_counted: bool = eqx.field(static=True, default=False)
+    is_counted: eqx.AbstractClassVar[bool]
+    """Whether `max_steps` is exactly the number of steps."""
 
     def loop(
         self,
@@ -420,9 +414,38 @@ class ParallelAdjoint(diffrax.AbstractAdjoint):
         return final_state, aux_stats | stats
 
 
-ParallelAdjoint.__init__.__doc__ = """**Arguments:**
+class ParallelAdjoint(AbstractParallelAdjoint):
+    r"""Makes `diffrax.diffeqsolve` take all its steps in parallel.
 
-- `is_counted`: whether `max_steps` is exactly the number of steps, as
-    [`deer_ode.diffeqsolve`][] knows it to be. Then nothing need be done for steps that
-    may not be there, which is a tenth of the time of a loop over small steps.
-"""
+    `diffrax.diffeqsolve(terms, DEER(solver), ..., adjoint=ParallelAdjoint(),
+    max_steps=...)` gives the solution of `solver` on the same steps, with everything
+    that Diffrax's `Solution` has. Its `stats` also hold
+
+    - `num_newton_steps`: iterations of Newton's method, over windows of the interval or
+        all of it; zero where [`deer_ode.Auto`][] chose a loop over the steps;
+    - `newton_residual`: the largest residual of the converged steps, in units of the
+        state, before the last correction;
+    - `newton_damping`: the largest $\lambda$ of [`deer_ode.LevenbergMarquardt`][];
+    - `num_windows`: how often a window moved on, and one;
+    - `num_fallback_steps`: how many steps were taken one after the other;
+    - `first_nonfinite_step`: the first step to a state that is not finite, counted from
+        zero; -1 if there is none.
+
+    The steps must be known beforehand: `ConstantStepSize()` or `StepTo(ts)`. With the
+    former the solve is sized for `max_steps` steps, and pays for those that are not
+    needed: give the true number. [`deer_ode.diffeqsolve`][] does so by itself.
+
+    Derivatives are exact, those of the discrete solution, forward and reverse and to
+    any order, by the implicit function theorem. No checkpoints are kept.
+    """
+
+    is_counted: ClassVar[bool] = False
+
+
+class CountedSteps(AbstractParallelAdjoint):
+    """As [`deer_ode.ParallelAdjoint`][], where `max_steps` is exactly the number of
+    steps: nothing need be done for steps that may not be there, which is a tenth of the
+    time of a loop over cheap ones.
+    """
+
+    is_counted: ClassVar[bool] = True

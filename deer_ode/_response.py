@@ -8,6 +8,10 @@ to hold those of one window, and the windows follow one another; or none at all,
 $A_i \dot y_{i-1}$ is worked out step by step.
 """
 
+import functools as ft
+from typing import Any
+
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -35,8 +39,10 @@ def response_in_windows(
     padding = ((0, total - num_steps), (0, 0))
     padded, padded_ys = recurrence.padded(total), jnp.pad(ys, padding, mode="edge")
 
-    def jacobians(start):
-        y0 = state_at(recurrence.y0, padded_ys, start)
+    # Needed in four places, and traced once for all.
+    @eqx.filter_jit
+    def jacobians_of(padded, padded_ys, start):
+        y0 = state_at(padded.y0, padded_ys, start)
         part = padded.part(start, length, y0)
         _, A = part.jacobians(cut(padded_ys, start, length), exact)
         # There is nothing for the first one to multiply, even if it is not finite; and
@@ -46,6 +52,8 @@ def response_in_windows(
         return jtu.tree_map(
             lambda a: jnp.where(counts.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), A
         )
+
+    jacobians = ft.partial(jacobians_of, padded, padded_ys)
 
     def over_windows(window, b, reverse):
         b = jnp.pad(b, padding).reshape(num_windows, length, state_size)
@@ -103,3 +111,23 @@ def response_in_turn(
     inputs = previous_states(recurrence.y0, ys), recurrence.xs, b, is_first
     with recurrence.tracing():
         return lax.scan(step, jnp.zeros_like(ys[0]), inputs)[1]
+
+
+def jvp_of_loop(
+    recurrence: AbstractMapRecurrence, tangent: Any
+) -> tuple[Trajectory, Trajectory]:
+    """The solution and its answer, as JAX has both of the loop: transposed it is
+    back-propagation, for which something of every step is kept.
+    """
+
+    def loop(recurrence):
+        with recurrence.tracing():
+            # The first step by itself, since if `y0` does not change there is nothing
+            # for it to move, even if it is not finite.
+            first = lambda x: lax.index_in_dim(x, 0, recurrence.xs_axis, False)
+            y1 = recurrence.f(recurrence.y0, jtu.tree_map(first, recurrence.xs))
+            second = jnp.asarray(1, jnp.int32)
+            rest = recurrence.part(second, recurrence.num_steps - 1, y1)
+            return jnp.concatenate([y1[None], rest.loop()])
+
+    return eqx.filter_jvp(loop, (recurrence,), (tangent,))

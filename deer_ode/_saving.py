@@ -29,8 +29,12 @@ class SolvedGrid(eqx.Module):
     ys: Y
     evaluate: Callable[..., Y] = eqx.field(static=True)
     """`(ts, index)` to the solution at `ts`, which lie in the steps `index`."""
+    are_all_made: bool = eqx.field(static=True)
+    """Whether that is known while tracing."""
 
     def made(self) -> Bool[Array, " steps"]:
+        if self.are_all_made:  # and XLA masks nothing
+            return jnp.ones(self.grid.num_steps, bool)
         steps = jnp.arange(self.grid.num_steps, dtype=jnp.int32)
         return steps < self.num_steps
 

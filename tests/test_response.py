@@ -9,11 +9,13 @@ import jax.random as jr
 import pytest
 
 from deer_ode import (
+    Auto,
     BlockDiagonal,
     Dense,
     Diagonal,
     Exact,
     Newton,
+    _response,
     scan,
     solve_recurrence,
 )
@@ -84,10 +86,66 @@ def test_windows_of_any_length(linearisation, length, monkeypatch, expected):
 
 
 def test_in_turn(monkeypatch, expected):
-    monkeypatch.setattr("deer_ode._implicit._LARGE_WORK", -1)
+    monkeypatch.setattr("deer_ode._costs._LARGE_WORK", -1)
     ours = lambda f, y0, xs: solve_recurrence(f, y0, xs, method=Newton(Dense())).ys
     actual = jax.jit(ft.partial(derivatives, ours))(*problem())
     assert_close(actual, expected, rounding())
+
+
+@pytest.fixture
+def loops(monkeypatch):
+    """Lengths of the loops that were differentiated."""
+    lengths = []
+
+    def jvp_of_loop(recurrence, tangent):
+        lengths.append(recurrence.num_steps)
+        return _response.jvp_of_loop(recurrence, tangent)
+
+    monkeypatch.setattr("deer_ode._implicit.jvp_of_loop", jvp_of_loop)
+    return lengths
+
+
+def test_through_the_loop(monkeypatch, loops, expected):
+    """And not where something else was asked for, or too much would have to be kept."""
+    monkeypatch.setattr("deer_ode._costs._HUGE_WORK", -1)
+    found_by = lambda method: lambda f, y0, xs: scan(f, y0, xs, method=method)[1]
+    auto = lambda: jax.jit(ft.partial(derivatives, found_by(Auto(Newton(Dense())))))
+    assert_close(auto()(*problem()), expected, rounding())
+    assert loops and set(loops) == {NUM_STEPS}
+    loops.clear()
+    newton = jax.jit(ft.partial(derivatives, found_by(Newton(Dense()))))
+    assert_close(newton(*problem()), expected, rounding())
+    # Of every step two of the entries of `tanh`, at least.
+    monkeypatch.setattr("deer_ode._costs._MOST_BYTES", NUM_STEPS * 4 * 8 - 1)
+    assert_close(auto()(*problem()), expected, rounding())
+    assert loops == []
+
+
+@pytest.mark.parametrize(
+    "flags, is_through",
+    (
+        ("", False),
+        (
+            "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=9",
+            False,
+        ),
+        (
+            "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold="
+            "1000000000 --xla_force_host_platform_device_count=1",
+            True,
+        ),
+    ),
+)
+def test_where_loops_are_compiled_whole(flags, is_through, monkeypatch, loops):
+    """It is cheap steps through whose loop derivatives are taken."""
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    inputs = tanh_network(NUM_STEPS, gain=0.9)
+    assert_close(gradient(scan)(*inputs), gradient(lax.scan)(*inputs), rounding())
+    assert bool(loops) is is_through
+    loops.clear()
+    inputs = tanh_network(NUM_STEPS, gain=0.9, size=24)
+    assert_close(gradient(scan)(*inputs), gradient(lax.scan)(*inputs), rounding())
+    assert loops == []
 
 
 def gradient(run):
@@ -104,10 +162,14 @@ def test_many_windows():
     assert_close(gradient(scan)(*inputs), gradient(lax.scan)(*inputs), rounding())
 
 
-@pytest.mark.parametrize("work", (-1, 1e9), ids=("in turn", "in windows"))
-def test_no_derivative_at_the_start(work, monkeypatch):
+@pytest.mark.parametrize(
+    "bound, work",
+    (("_LARGE_WORK", -1), ("_LARGE_WORK", 1e9), ("_HUGE_WORK", -1)),
+    ids=("in turn", "in windows", "through the loop"),
+)
+def test_no_derivative_at_the_start(bound, work, monkeypatch):
     """Of a root at zero; `y0` is no unknown, and the padding repeats that step."""
-    monkeypatch.setattr("deer_ode._implicit._LARGE_WORK", work)
+    monkeypatch.setattr(f"deer_ode._costs.{bound}", work)
 
     def value(run, xs):
         mixed = jnp.array([[0.5, 0.2], [0.1, 0.4]])
@@ -124,8 +186,12 @@ def test_no_derivative_at_the_start(work, monkeypatch):
     assert_close(along, jnp.sum(expected), rounding())
 
 
+@pytest.mark.parametrize("is_through", (False, True), ids=("windows", "loop"))
 @pytest.mark.parametrize("num_steps", (8, 600))
-def test_steps_that_have_forward_derivatives_only(num_steps):
+def test_steps_that_have_forward_derivatives_only(num_steps, is_through, monkeypatch):
+    if is_through:
+        monkeypatch.setattr("deer_ode._costs._HUGE_WORK", -1)
+
     def step(y, x):
         _, turned = lax.while_loop(
             lambda carry: carry[0] < 3,

@@ -1,0 +1,103 @@
+"""What derivatives of a loop over steps cost on a CPU, each way.
+
+Only how long a derivative takes depends on this, never its value.
+"""
+
+import os
+import re
+from typing import TypeGuard
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+
+from ._linearisation import AbstractLinearisation, Dense
+from ._misc import has_accelerator
+from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
+
+
+# So many operations for one Jacobian take as long on two cores as the loops that
+# back-propagation is (a GRU of 32 entries, Tsit5 on a network of width 32 from 16).
+_LARGE_WORK = 150_000
+
+# From so many on, to work out steps again instead of keeping what back-propagation
+# needs of them takes a quarter longer (a GRU of 64 entries).
+_HUGE_WORK = 4_000_000
+
+# Where XLA compiles loops whole, back-propagation takes up to half the time of the
+# parallel derivative below (Tsit5 on Henon-Heiles; a GRU of 4 entries), and nine tenths
+# from `_LARGE_WORK` on.
+_SMALL_WORK = 5_000
+
+# The most that back-propagation may keep of all steps.
+_MOST_BYTES = 2**28
+
+# XLA's own threshold is a kilobyte of what an iteration reads and writes.
+_THRESHOLD = re.compile(r"xla_cpu_small_while_loop_byte_threshold=(\d+)")
+_LARGE_THRESHOLD = 2**17
+
+
+def _are_loops_compiled_whole() -> bool:
+    """Whether XLA was told to, instead of running larger bodies by the operation."""
+    found = _THRESHOLD.findall(os.environ.get("XLA_FLAGS", ""))
+    return bool(found) and int(found[-1]) >= _LARGE_THRESHOLD
+
+
+def _work_of_jacobian(recurrence: AbstractMapRecurrence) -> float:
+    """How many operations the Jacobian of a step takes, by XLA's own count."""
+
+    def tangent(y, t_y, x):
+        return jax.jvp(lambda y: recurrence.f(y, x), (y,), (t_y,))[1]
+
+    y0, xs = recurrence.y0, recurrence.xs
+    one = jax.ShapeDtypeStruct(y0.shape, y0.dtype)
+    x = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+    with recurrence.tracing():
+        costs = jax.jit(tangent).lower(one, one, x).cost_analysis()
+    return y0.size * (costs or {}).get("flops", 0.0)
+
+
+def _bytes_kept(recurrence: AbstractMapRecurrence) -> int:
+    """Memory of what back-propagation needs of all steps."""
+
+    def linear_part(recurrence, ys):
+        changes, rest = eqx.partition(recurrence, eqx.is_inexact_array)
+        evaluate = lambda changes, ys: eqx.combine(changes, rest).evaluate(ys)
+        return jax.linearize(evaluate, changes, ys)[1]
+
+    shape = (recurrence.num_steps, *recurrence.y0.shape)
+    ys = jax.ShapeDtypeStruct(shape, recurrence.y0.dtype)
+    kept = jtu.tree_leaves(eqx.filter_eval_shape(linear_part, recurrence, ys))
+    return sum(x.size * x.dtype.itemsize for x in kept)
+
+
+def _has_a_choice(
+    recurrence: AbstractRecurrence, exact: AbstractLinearisation
+) -> TypeGuard[AbstractMapRecurrence]:
+    """Where Jacobians have structure, or steps solve something, there is none."""
+    if not isinstance(recurrence, AbstractMapRecurrence) or not recurrence.is_explicit:
+        return False
+    return recurrence.num_steps > 0 and isinstance(exact, Dense)
+
+
+def is_for_a_loop(recurrence: AbstractRecurrence, exact: AbstractLinearisation) -> bool:
+    """Whether the derivative along a solution at hand takes less time step by step."""
+    if not _has_a_choice(recurrence, exact):
+        return False
+    return _work_of_jacobian(recurrence) > _LARGE_WORK
+
+
+def is_for_backpropagation(
+    recurrence: AbstractRecurrence, exact: AbstractLinearisation
+) -> bool:
+    """Whether the derivative of the loop that finds the solution takes less time still,
+    and not too much memory.
+    """
+    if has_accelerator() or not _has_a_choice(recurrence, exact):
+        return False
+    work = _work_of_jacobian(recurrence)
+    if _are_loops_compiled_whole():
+        is_cheaper = not _SMALL_WORK < work <= _LARGE_WORK
+    else:
+        is_cheaper = work > _HUGE_WORK
+    return is_cheaper and _bytes_kept(recurrence) <= _MOST_BYTES
