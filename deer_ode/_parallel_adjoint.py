@@ -9,6 +9,7 @@ parallel, everything before and after it stays Diffrax's own.
 from typing import ClassVar
 
 import diffrax
+import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.lax as lax
