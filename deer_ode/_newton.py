@@ -49,7 +49,7 @@ _CORRECTION_UNITS = 8
 # memory. Of 10,000 steps of a GRU of 1 to 8 states, taken 16 at a time, it took between
 # a fifth and a half of the time; of 100,000 steps of two states 64 at a time 0.6 times
 # that of 16. Where there are few steps nothing is gained.
-_CPU_CHUNKED = 1024
+_CPU_CHUNKED = 512
 _CPU_CHUNKS = 1024
 _CPU_CHUNK = (16, 64)
 
@@ -362,7 +362,7 @@ Newton.__init__.__doc__ = """**Arguments:**
 - `chunk`: how many steps are taken as one (shooting): the unknowns of the iteration are
     the states between chunks, and within a chunk states and tangents are carried along
     in a loop. The answer is the same. Explicit steps only. By default one; on a CPU 16
-    to 64 from 1,024 steps on, where Jacobians are dense and `window` is free; and where
+    to 64 from 512 steps on, where Jacobians are dense and `window` is free; and where
     it is not free, as many as it takes for the Jacobians to fit into the memory that
     the linearisation allows.
 - `progress_meter`: shows how much of the trajectory is right: a progress meter of
