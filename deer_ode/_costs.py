@@ -3,16 +3,15 @@
 Only how long a derivative takes depends on this, never its value.
 """
 
+import enum
 import os
 import re
-from typing import TypeGuard
 
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
 
 from ._linearisation import AbstractLinearisation, Dense
-from ._misc import has_accelerator
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
 
 
@@ -22,19 +21,28 @@ _LARGE_WORK = 150_000
 
 # From so many on, to work out steps again instead of keeping what back-propagation
 # needs of them takes a quarter longer (a GRU of 64 entries).
-_HUGE_WORK = 4_000_000
+_HUGE_WORK = 1_800_000
 
 # Where XLA compiles loops whole, back-propagation takes up to half the time of the
 # parallel derivative below (Tsit5 on Henon-Heiles; a GRU of 4 entries), and nine tenths
 # from `_LARGE_WORK` on.
 _SMALL_WORK = 5_000
 
-# The most that back-propagation may keep of all steps.
-_MOST_BYTES = 2**28
+# The most that back-propagation may keep of all steps; of each member of a batch, since
+# under `jax.vmap` nobody can see how many there are.
+_MOST_BYTES = 2**30
 
 # XLA's own threshold is a kilobyte of what an iteration reads and writes.
 _THRESHOLD = re.compile(r"xla_cpu_small_while_loop_byte_threshold=(\d+)")
 _LARGE_THRESHOLD = 2**17
+
+
+class Way(enum.Enum):
+    """How derivatives along a solution are found."""
+
+    WINDOWS = "the Jacobians of many steps at a time"
+    IN_TURN = "step by step, each one worked out again"
+    THROUGH_THE_LOOP = "by back-propagation through the loop that solves"
 
 
 def _are_loops_compiled_whole() -> bool:
@@ -71,33 +79,23 @@ def _bytes_kept(recurrence: AbstractMapRecurrence) -> int:
     return sum(x.size * x.dtype.itemsize for x in kept)
 
 
-def _has_a_choice(
-    recurrence: AbstractRecurrence, exact: AbstractLinearisation
-) -> TypeGuard[AbstractMapRecurrence]:
-    """Where Jacobians have structure, or steps solve something, there is none."""
-    if not isinstance(recurrence, AbstractMapRecurrence) or not recurrence.is_explicit:
-        return False
-    return recurrence.num_steps > 0 and isinstance(exact, Dense)
-
-
-def is_for_a_loop(recurrence: AbstractRecurrence, exact: AbstractLinearisation) -> bool:
-    """Whether the derivative along a solution at hand takes less time step by step."""
-    if not _has_a_choice(recurrence, exact):
-        return False
-    return _work_of_jacobian(recurrence) > _LARGE_WORK
-
-
-def is_for_backpropagation(
-    recurrence: AbstractRecurrence, exact: AbstractLinearisation
-) -> bool:
-    """Whether the derivative of the loop that finds the solution takes less time still,
-    and not too much memory.
+def cheapest_way(
+    recurrence: AbstractRecurrence, exact: AbstractLinearisation, is_loop: bool
+) -> Way:
+    """By which way to take derivatives. `is_loop` is whether the solution comes from a
+    loop, so that a derivative may be that loop's own.
     """
-    if has_accelerator() or not _has_a_choice(recurrence, exact):
-        return False
+    # Where Jacobians have structure, or steps solve something, there is no choice.
+    if not isinstance(recurrence, AbstractMapRecurrence):
+        return Way.WINDOWS
+    if not (recurrence.is_explicit and isinstance(exact, Dense)):
+        return Way.WINDOWS
     work = _work_of_jacobian(recurrence)
+    is_loop = is_loop and recurrence.num_steps > 0
     if _are_loops_compiled_whole():
-        is_cheaper = not _SMALL_WORK < work <= _LARGE_WORK
+        prefers_loop = not _SMALL_WORK < work <= _LARGE_WORK
     else:
-        is_cheaper = work > _HUGE_WORK
-    return is_cheaper and _bytes_kept(recurrence) <= _MOST_BYTES
+        prefers_loop = work > _HUGE_WORK
+    if is_loop and prefers_loop and _bytes_kept(recurrence) <= _MOST_BYTES:
+        return Way.THROUGH_THE_LOOP
+    return Way.IN_TURN if work > _LARGE_WORK else Way.WINDOWS

@@ -53,6 +53,9 @@ def _count_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, bool]
     if not np.isfinite(t1 - t0) or not abs(dt0) > 0:
         return None, False
     num_steps = num_even_steps(t0, t1, dt0)
+    if num_steps == 1 and (t1 - (t0 + dt0)) * np.sign(dt0) > 0:
+        # Rounding leaves it short of `t1`, and Diffrax takes what is left for a second.
+        return 2, False
     # A step that ends within a hundred units of rounding of `t1` is the last one. The
     # first one is `dt0` long, the others divide the interval.
     units = 200 * max(np.spacing(abs(t0)), np.spacing(abs(t1)))

@@ -147,8 +147,8 @@ class Sequential(AbstractMethod):
     What the parallel methods are compared with, by one word. In [`deer_ode.scan`][] it
     is `jax.lax.scan` itself, at full precision of products, and its derivatives are
     JAX's own, by storing every step. In [`deer_ode.DEER`][] it is a loop over the steps
-    of the base solver, and derivatives are those of the parallel methods, for
-    which only the trajectory is stored.
+    of the base solver, and derivatives are found as with the other methods, mostly
+    with nothing but the trajectory stored.
     """
 
     @property

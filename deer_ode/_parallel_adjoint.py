@@ -57,46 +57,42 @@ def _controller_grid(
     if max_steps < 1:
         raise ValueError(f"`max_steps` must be at least 1; got {max_steps}.")
     # The rule of Diffrax's controller: the first step is `dt0` long, the others divide
-    # the interval evenly; without an end all are `dt0` long.
-    num_before, num_total, t_start, t_end = state.controller_state
+    # the interval evenly; without an end all are `dt0` long. Each entry by itself, so
+    # that XLA makes one pass over the grid.
     dtype = jnp.result_type(t1)
-    # As Diffrax does: no last step that is nothing but rounding.
-    floor = jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)
-
-    def between(step):
-        """The end of a step that is neither the first nor the last, which are counted
-        from zero.
-        """
-        count = num_before + step
-        bounded = t_start + (t_end - t_start) * (
-            count.astype(dtype) / num_total.astype(dtype)
-        )
-        endless = state.tnext + t_end * step.astype(dtype)
-        return jnp.where(num_total >= 0, bounded, endless)
-
-    def end_of(step):
-        """Of any step, and of those after the last one."""
-        is_last = (num_total >= 0) & (num_before + step >= num_total)
-        end = jnp.where(is_last, t_end, between(step))
-        end = jnp.where(end > floor, t1, end)
-        return jnp.where(step == 0, first, end)
-
     first = jnp.minimum(state.tnext, t1)
-    # Each entry by itself, so that XLA makes one pass over the grid.
     steps = jnp.arange(max_steps, dtype=jnp.int32)
     if is_counted:
         # Little work for each, since a loop over cheap steps does not take much longer;
         # and XLA takes out of the steps what it sees to be true throughout.
-        last = end_of(jnp.asarray(max_steps - 1, jnp.int32))
-        ends = jnp.where(steps == 0, first, between(steps))
-        tnext = jnp.where(steps == max_steps - 1, last, ends)
-        starts = jnp.where(steps == 1, first, between(steps - 1))
-        active = jnp.ones(max_steps, bool)
-    else:
-        tnext, starts = end_of(steps), end_of(steps - 1)
-        active = None
-    tprev = jnp.where(steps == 0, state.tprev, starts)
-    return Grid(tprev, tnext, tprev < t1 if active is None else active)
+        total = jnp.asarray(max_steps, dtype)
+        t0 = state.tprev
+        even = lambda count: t0 + (t1 - t0) * (count.astype(dtype) / total)
+        ends = jnp.where(steps == max_steps - 1, t1, even(steps + 1))
+        tnext = jnp.where(steps == 0, first, ends)
+        tprev = jnp.where(steps == 1, first, even(steps))
+        tprev = jnp.where(steps == 0, t0, tprev)
+        return Grid(tprev, tnext, jnp.ones(max_steps, bool))
+    num_before, num_total, t_start, t_end = state.controller_state
+    # As Diffrax does: no last step that is nothing but rounding.
+    floor = jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)
+
+    def end_of(step):
+        """Of steps counted from zero."""
+        count = num_before + step
+        bounded = t_start + (t_end - t_start) * (
+            count.astype(dtype) / num_total.astype(dtype)
+        )
+        # Where `t0` is `t1` there are none to divide by.
+        is_end = (count == num_total) | (num_total == 0)
+        bounded = jnp.where(is_end, t_end, bounded)
+        endless = state.tnext + t_end * step.astype(dtype)
+        end = jnp.where(num_total >= 0, bounded, endless)
+        end = jnp.where(end > floor, t1, end)
+        return jnp.where(step == 0, first, end)
+
+    tprev = jnp.where(steps == 0, state.tprev, end_of(steps - 1))
+    return Grid(tprev, end_of(steps), tprev < t1)
 
 
 def _controller_state(controller, state: State, num_steps):
@@ -191,13 +187,11 @@ def _all_steps(
     steps = discretised.take_steps(solution.ys)
 
     # How many steps Diffrax would have made, and why no more.
-    is_running = state.result == diffrax.RESULTS.successful
-    if is_counted:
-        num_steps = jnp.where(is_running, grid.num_steps, 0).astype(jnp.int32)
-    else:
-        num_steps = jnp.where(is_running & (state.tprev < t1), grid.num_active, 0)
-    num_wanted = num_steps
     result = state.result
+    is_running = result == diffrax.RESULTS.successful
+    if not is_counted:
+        is_running = is_running & (state.tprev < t1)
+    num_steps = num_wanted = jnp.where(is_running, grid.num_active, 0)
     if steps.result is not None:
         failed = steps.result != diffrax.RESULTS.successful
         num_steps = jnp.minimum(num_steps, leading_true(~(failed & grid.active)) + 1)
@@ -437,7 +431,9 @@ class ParallelAdjoint(AbstractParallelAdjoint):
     needed: give the true number. [`deer_ode.diffeqsolve`][] does so by itself.
 
     Derivatives are exact, those of the discrete solution, forward and reverse and to
-    any order, by the implicit function theorem. No checkpoints are kept.
+    any order, by the implicit function theorem, for which only the trajectory is kept;
+    or, on a CPU where that takes less time and little memory, by back-propagation
+    through the loop over the steps.
     """
 
     is_counted: ClassVar[bool] = False

@@ -8,7 +8,6 @@ to hold those of one window, and the windows follow one another; or none at all,
 $A_i \dot y_{i-1}$ is worked out step by step.
 """
 
-import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -39,10 +38,8 @@ def response_in_windows(
     padding = ((0, total - num_steps), (0, 0))
     padded, padded_ys = recurrence.padded(total), jnp.pad(ys, padding, mode="edge")
 
-    # Needed in four places, and traced once for all.
-    @eqx.filter_jit
-    def jacobians_of(padded, padded_ys, start):
-        y0 = state_at(padded.y0, padded_ys, start)
+    def jacobians(start):
+        y0 = state_at(recurrence.y0, padded_ys, start)
         part = padded.part(start, length, y0)
         _, A = part.jacobians(cut(padded_ys, start, length), exact)
         # There is nothing for the first one to multiply, even if it is not finite; and
@@ -53,7 +50,8 @@ def response_in_windows(
             lambda a: jnp.where(counts.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), A
         )
 
-    jacobians = ft.partial(jacobians_of, padded, padded_ys)
+    # Needed in four places, and traced once for all.
+    jacobians = eqx.filter_closure_convert(jacobians, starts[0])
 
     def over_windows(window, b, reverse):
         b = jnp.pad(b, padding).reshape(num_windows, length, state_size)
@@ -122,12 +120,14 @@ def jvp_of_loop(
 
     def loop(recurrence):
         with recurrence.tracing():
-            # The first step by itself, since if `y0` does not change there is nothing
-            # for it to move, even if it is not finite.
-            first = lambda x: lax.index_in_dim(x, 0, recurrence.xs_axis, False)
-            y1 = recurrence.f(recurrence.y0, jtu.tree_map(first, recurrence.xs))
-            second = jnp.asarray(1, jnp.int32)
-            rest = recurrence.part(second, recurrence.num_steps - 1, y1)
+            if tangent.y0 is not None:
+                return recurrence.loop()
+            # Where `y0` does not change there is nothing for the first step to move,
+            # even if it is not finite: so it is taken by itself.
+            x = jtu.tree_map(lambda x: x[0], recurrence.xs)
+            y1 = recurrence.f(recurrence.y0, x)
+            rest = jtu.tree_map(lambda x: x[1:], recurrence.xs)
+            rest = eqx.tree_at(lambda r: (r.y0, r.xs), recurrence, (y1, rest))
             return jnp.concatenate([y1[None], rest.loop()])
 
     return eqx.filter_jvp(loop, (recurrence,), (tangent,))

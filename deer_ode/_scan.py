@@ -68,8 +68,8 @@ def scan(
     and so is the answer, up to rounding: all carries are found together by Newton's
     method ([`deer_ode.Newton`][]), and what does not converge is taken sequentially;
     or, where that is faster, all of it ([`deer_ode.Auto`][]). Derivatives of any order,
-    forward and reverse, are exact and cost one more affine scan each; no iteration is
-    stored for them.
+    forward and reverse, are exact and cost one more affine scan each, or a loop where
+    that takes less time; no iteration is stored for them.
 
     It pays where the carry is small, or falls apart into small blocks, and the sequence
     is long; see [how to choose](how-to-choose.md).

@@ -21,7 +21,7 @@ from deer_ode import (
     solve_recurrence,
 )
 
-from .helpers import assert_close, rounding, unchecked
+from .helpers import assert_close, pretend_accelerator, rounding, unchecked
 
 
 def step(y, x):
@@ -68,7 +68,7 @@ def lowered(platform, num_steps, size):
 @pytest.fixture
 def with_accelerator(monkeypatch):
     """Programs are traced as where there is one."""
-    monkeypatch.setattr("deer_ode._misc.has_accelerator", lambda: True)
+    pretend_accelerator(monkeypatch)
 
 
 @pytest.mark.usefixtures("with_accelerator")

@@ -22,6 +22,7 @@ from deer_ode import (
     Window,
     diffeqsolve,
 )
+from deer_ode._integrate import _count_steps
 
 from .helpers import (
     BY_DOOR,
@@ -500,18 +501,27 @@ def test_solver_state_in_windows():
     assert int(counts[1]) > int(counts[0])
 
 
-def test_controller_state_goes_on():
-    """Stop after some steps and go on from the controller's state."""
-    saveat = diffrax.SaveAt(t1=True, controller_state=True, made_jump=True)
-    for door in ("b",):
-        sol = run(door, saveat=saveat)
-        expected = run(None, saveat=saveat)
+@pytest.mark.parametrize("door", ("a", "b"))
+def test_controller_state_goes_on(door):
+    """Stop after some steps and go on from the controller's state, which keeps the size
+    that steps had.
+    """
+    steps = diffrax.SaveAt(steps=True, controller_state=True, made_jump=True)
+
+    def halves(door):
+        first = run(door, t1=1.5, dt0=0.2, saveat=steps)
+        kept = dict(controller_state=first.controller_state, made_jump=first.made_jump)
+        y1 = first.ys[8 - 1]
+        return first, run(door, t0=1.5, dt0=0.1, y0=y1, saveat=steps, **kept)
+
+    for ours, stock in zip(halves(door), halves(None), strict=True):
+        assert_same_solution(ours, stock)
         assert_close(
-            sol.controller_state,
-            jtu.tree_map(jnp.asarray, expected.controller_state),
+            ours.controller_state,
+            jtu.tree_map(jnp.asarray, stock.controller_state),
             rounding(),
         )
-        assert bool(sol.made_jump) == bool(expected.made_jump)
+        assert bool(ours.made_jump) == bool(stock.made_jump)
 
 
 @pytest.mark.parametrize(
@@ -652,6 +662,10 @@ def test_traced_times_need_a_bound():
         (0.0, 1.0, (1 - 2e-7) / 3, 4),
         (0.0, 1.0, 0.75, 2),
         (1e7, 1e7 + 3, 0.11, 28),
+        # One step that rounding leaves short of the end, so that there are two.
+        (-0.3, 0.9, 1.2, 2),
+        (0.0, 0.1 * 3, 0.3, 2),
+        (0.3, -0.9, -1.2, 2),
     ),
 )
 def test_the_steps_are_diffraxs(t0, t1, dt0, num_steps):
@@ -665,6 +679,23 @@ def test_the_steps_are_diffraxs(t0, t1, dt0, num_steps):
     made = slice(num_steps + 1)
     assert_close(ours.ts[made], stock.ts[made], rounding())
     assert_close(ours.ys[made], stock.ys[made], rounding())
+
+
+@pytest.mark.parametrize(
+    "t0, t1, dt0, expected",
+    (
+        (0.0, 1.0, 0.3, (4, True)),
+        (1.0, 0.0, -0.3, (4, True)),
+        (0.0, 1.0, 1.0, (1, True)),
+        (0.0, 1.0, 2.0, (1, True)),
+        (-0.3, 0.9, 1.2, (2, False)),
+        (1e8, 1e8 + 1, 1 - 1e-9, (2, False)),
+        (0.0, 0.0, 0.1, (1, False)),
+        (0.0, np.inf, 0.1, (None, False)),
+    ),
+)
+def test_which_steps_are_counted(t0, t1, dt0, expected):
+    assert _count_steps(t0, t1, dt0, diffrax.SaveAt(t1=True)) == expected
 
 
 def test_refusals():

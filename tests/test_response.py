@@ -20,7 +20,14 @@ from deer_ode import (
     solve_recurrence,
 )
 
-from .helpers import assert_close, both, rounding, tanh_cell, tanh_network
+from .helpers import (
+    assert_close,
+    both,
+    pretend_accelerator,
+    rounding,
+    tanh_cell,
+    tanh_network,
+)
 
 
 def in_pairs(weights, y, x):
@@ -92,6 +99,12 @@ def test_in_turn(monkeypatch, expected):
     assert_close(actual, expected, rounding())
 
 
+@pytest.fixture(autouse=True)
+def no_flags(monkeypatch):
+    """Which way derivatives are taken depends on them."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 @pytest.fixture
 def loops(monkeypatch):
     """Lengths of the loops that were differentiated."""
@@ -119,6 +132,23 @@ def test_through_the_loop(monkeypatch, loops, expected):
     monkeypatch.setattr("deer_ode._costs._MOST_BYTES", NUM_STEPS * 4 * 8 - 1)
     assert_close(auto()(*problem()), expected, rounding())
     assert loops == []
+
+
+def test_a_batch_through_the_loop(monkeypatch, loops):
+    """Whose axis must be where JAX looks for it: with `y0` as an unknown, and not."""
+    monkeypatch.setattr("deer_ode._costs._HUGE_WORK", -1)
+    weights, y0, xs = tanh_network(NUM_STEPS, gain=0.9)
+    batch = jnp.stack([xs, xs[::-1]])
+
+    def value(run, weights, y0):
+        states = jax.jit(lambda w, y0, x: run(both(ft.partial(tanh_cell, w)), y0, x)[1])
+        return jnp.sum(jax.vmap(lambda x: states(weights, y0, x))(batch) ** 2)
+
+    for unknowns in ((0, 1), (0,)):
+        slopes = lambda run, i=unknowns: jax.jit(jax.grad(ft.partial(value, run), i))
+        expected = slopes(lax.scan)(weights, y0)
+        assert_close(slopes(scan)(weights, y0), expected, rounding())
+    assert loops
 
 
 @pytest.mark.parametrize(
@@ -224,7 +254,7 @@ def test_little_memory_allowed():
 def test_both_branches_of_a_program_for_any_platform(monkeypatch):
     """Where there is an accelerator both are traced, and JAX chooses."""
     inputs = tanh_network(70, gain=0.9)
-    monkeypatch.setattr("deer_ode._misc.has_accelerator", lambda: True)
+    pretend_accelerator(monkeypatch)
     run = ft.partial(scan, method=Newton(Dense(20 * 9 * 8)))
     assert_close(gradient(run)(*inputs), gradient(lax.scan)(*inputs), rounding())
     assert "platform_index" in str(jax.make_jaxpr(gradient(run))(*inputs))
