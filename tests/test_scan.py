@@ -882,7 +882,7 @@ def test_many_heads_need_little_memory():
     def program(linearisation):
         def loss(free):
             combined = eqx.combine(free, fixed)
-            method = Newton(linearisation, window=None)
+            method = Newton(linearisation, window=None, chunk=1)
             return total(solved(deer_ode.scan, step, combined, method=method))
 
         traced = jax.jit(jax.value_and_grad(loss)).trace(free)
