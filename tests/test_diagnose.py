@@ -189,8 +189,8 @@ def test_iterations_of_a_differential_equation():
     warm = diffeqsolve(*call, saveat=diffrax.SaveAt(t1=True, solver_state=True))
     again = diagnose(diffeqsolve, *call, solver_state=warm.solver_state)
     assert again.num_iterations == 1
-    # Within one, as promised: the guess is off by 72 units of rounding, grown from less,
-    # and 64 are taken to be nothing.
+    # Within one, as promised: the guess is off by 72 units of rounding, grown from
+    # less, and 64 are taken to be nothing.
     assert again.predicted_iterations in (1, 2)
     assert again.guess_error < sqrt_eps()
 
