@@ -27,6 +27,23 @@ from ._saving import SolvedGrid, save, set_where
 from ._solver import DEER, DEERState
 
 
+def even_steps(t0, first, t1, num_steps: int) -> Grid:
+    """The first step to `first`, and the last one to `t1`.
+
+    Little work for each, since a loop over cheap steps does not take much longer; and
+    XLA takes out of the steps what it sees to be true throughout.
+    """
+    dtype = jnp.result_type(t1)
+    steps = jnp.arange(num_steps, dtype=jnp.int32)
+    total = jnp.asarray(num_steps, dtype)
+    even = lambda count: t0 + (t1 - t0) * (count.astype(dtype) / total)
+    ends = jnp.where(steps == num_steps - 1, t1, even(steps + 1))
+    tnext = jnp.where(steps == 0, first, ends)
+    tprev = jnp.where(steps == 1, first, even(steps))
+    tprev = jnp.where(steps == 0, t0, tprev)
+    return Grid(tprev, tnext, jnp.ones(num_steps, bool))
+
+
 def _controller_grid(
     controller, state: State, t1, max_steps: int | None, is_counted: bool
 ) -> Grid:
@@ -63,16 +80,7 @@ def _controller_grid(
     first = jnp.minimum(state.tnext, t1)
     steps = jnp.arange(max_steps, dtype=jnp.int32)
     if is_counted:
-        # Little work for each, since a loop over cheap steps does not take much longer;
-        # and XLA takes out of the steps what it sees to be true throughout.
-        total = jnp.asarray(max_steps, dtype)
-        t0 = state.tprev
-        even = lambda count: t0 + (t1 - t0) * (count.astype(dtype) / total)
-        ends = jnp.where(steps == max_steps - 1, t1, even(steps + 1))
-        tnext = jnp.where(steps == 0, first, ends)
-        tprev = jnp.where(steps == 1, first, even(steps))
-        tprev = jnp.where(steps == 0, t0, tprev)
-        return Grid(tprev, tnext, jnp.ones(max_steps, bool))
+        return even_steps(state.tprev, first, t1, max_steps)
     num_before, num_total, t_start, t_end = state.controller_state
     # As Diffrax does: no last step that is nothing but rounding.
     floor = jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)

@@ -26,6 +26,7 @@ from ._integrate import diffeqsolve, num_even_steps, time_dtype
 from ._method import AbstractMethod
 from ._misc import StateFlattener
 from ._newton import Newton
+from ._parallel_adjoint import even_steps
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import AbstractRecurrence
 from ._scan import make_recurrence, scan, solve_recurrence
@@ -92,11 +93,10 @@ def _check_controller(controller) -> None:
 def _even_points(t0, t1, dt0, dtype) -> np.ndarray:
     """Diffrax's rule: the first step is `dt0` long, the others divide evenly."""
     count = num_even_steps(t0, t1, dt0)
-    points = t0 + (t1 - t0) * (np.arange(count + 1).astype(dtype) / dtype.type(count))
-    points[-1] = t1
-    if count > 1:
-        points[1] = t0 + dt0
-    return points
+    # Compiled as it is in a solve, since XLA rounds constants its own way.
+    first = t0 + dt0 if count > 1 else t1
+    tnext = jax.jit(lambda: even_steps(t0, first, t1, count).tnext)()
+    return np.concatenate([[t0], np.asarray(tnext)])
 
 
 def _given_points(ts, t0, t1) -> np.ndarray:
