@@ -161,6 +161,9 @@ def _predict(problem: Problem, guess_error: float, growth: float) -> int | None:
     digits = _num_digits(problem) - math.log10(ROUNDING_UNITS)
     # No guess is so bad that one iteration makes nothing of it, or so it is hoped.
     right = max(-math.log10(guess_error), _WORST_GUESS) if guess_error > 0 else digits
+    # A trajectory whose steps all pass may be off by that much, grown.
+    if right >= digits - max(growth, 0):
+        return 1
     return 1 + max(0, math.ceil(math.log2(digits / right)))
 
 
