@@ -440,7 +440,7 @@ class ParallelAdjoint(AbstractParallelAdjoint):
 
     Derivatives are exact, those of the discrete solution, forward and reverse and to
     any order, by the implicit function theorem, for which only the trajectory is kept;
-    or, on a CPU where that takes less time and little memory, by back-propagation
+    or, on a CPU where that takes less time and at most 1 GiB, by back-propagation
     through the loop over the steps.
     """
 
