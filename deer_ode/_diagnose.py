@@ -197,7 +197,8 @@ def diagnose(
 
     $$1 + \lceil \log_2 (d / d_0) \rceil$$
 
-    iterations; $d_0$ is taken to be 0.3 at least. And what is right must be recognised:
+    iterations; $d_0$ is taken to be 0.3 at least, and where it is $d$ less `growth`, to
+    which rounding may add up, it takes one. And what is right must be recognised:
     rounding, which the problem makes larger by `growth` digits, has to stay below the
     largest correction that is accepted, which is half of the digits. Beyond that
     `predicted_iterations` is `None`: iterations then gain little more than steps
