@@ -55,9 +55,20 @@ def apply(A: Propagators, y: Array) -> Array:
     if A.ndim == y.ndim:
         return A * y
     y = y[..., y.shape[-1] - A.shape[-1] :]
+    if y.shape[-1] == 1:
+        return A[..., 0] * y
     if y.shape[-1] <= _SMALL:
         return jnp.sum(A * y[..., None, :], axis=-1)
     return jnp.matmul(A, y[..., None], precision=lax.Precision.HIGHEST)[..., 0]
+
+
+def _apply_one(A: Propagators, y: Array) -> Array:
+    """`apply` of one step, in a loop: there XLA on CPU writes products of tiny matrices
+    out, and is quicker with them than with sums.
+    """
+    if _is_dense(A, y) and 1 < y.shape[-1] <= _TINY:
+        return jnp.matmul(A, y, precision=lax.Precision.HIGHEST)
+    return apply(A, y)
 
 
 def multiply(A: Array, B: Array) -> Array:
@@ -91,15 +102,29 @@ def transpose(A: Propagators, b: _Steps) -> Propagators:
     return jnp.swapaxes(A, -1, -2) if _is_dense(A, b) else A
 
 
-def sequential_scan(A: Propagators, b: _Steps, reverse: bool) -> _Steps:
-    """The recurrence from zero, one step after the other: $O(T)$ depth."""
+def sequential_scan(
+    A: Propagators, b: _Steps, reverse: bool, y0: Array | None = None
+) -> _Steps:
+    """The recurrence from `y0`, or zero, one step after the other: $O(T)$ depth."""
 
     def step(y, element):
         A_i, b_i = element
-        y = apply(A_i, y) + b_i
+        y = _apply_one(A_i, y) + b_i
         return y, y
 
-    return lax.scan(step, jnp.zeros_like(b[0]), (A, b), reverse=reverse)[1]
+    y0 = jnp.zeros_like(b[0]) if y0 is None else y0
+    return lax.scan(step, y0, (A, b), reverse=reverse)[1]
+
+
+def _sequential_scan_transposed(A, b, after, reverse):
+    def step(after, element):
+        A_i, b_i = element
+        y = after + b_i
+        return _apply_one(A_i, y), y
+
+    after = jnp.zeros_like(b[0]) if after is None else after
+    # Jacobians are made column by column, so this turns them round for nothing.
+    return lax.scan(step, after, (transpose(A, b), b), reverse=not reverse)
 
 
 def parallel_scan(A: Propagators, b: _Steps, reverse: bool) -> _Steps:
@@ -157,8 +182,12 @@ def has_kernels(A: Propagators, b: _Steps) -> bool:
     return can_run(size, b.dtype) and are_right(size, b.dtype)
 
 
-def scan_from_zero(A: Propagators, b: _Steps, reverse: bool = False) -> _Steps:
-    r"""$y_i = A_i y_{i-1} + b_i$ with $y_0 = 0$; not differentiable by itself.
+def scan_steps(
+    A: Propagators, b: _Steps, y0: Array | None = None, reverse: bool = False
+) -> _Steps:
+    r"""$y_i = A_i y_{i-1} + b_i$ from `y0`; not differentiable by itself.
+
+    Without `y0` it is zero, and $A_1$ multiplies nothing, even if it is not finite.
 
     On a CPU the plain loop wins at nearly every size measured (`benchmarks`; chunks
     side by side take 0.6 times as long for single numbers, and 1.1 to 2.3 times as long
@@ -167,59 +196,116 @@ def scan_from_zero(A: Propagators, b: _Steps, reverse: bool = False) -> _Steps:
     if b.size == 0:
         return b
     if is_rectangular(A, b):
-        return from_tail(scan_from_zero, A, b, reverse)
+        return from_tail(scan_steps, A, b, y0, reverse)
     if isinstance(A, Blocks) and A.order is not None:
-        parts = scan_from_zero(A.split(), A.order.split(b), reverse)
+        split = A.order.split
+        parts = scan_steps(
+            A.split(), split(b), None if y0 is None else split(y0), reverse
+        )
         return A.order.join(parts)
     scan = kernel_scan if has_kernels(A, b) else parallel_scan
     return by_platform(
-        cpu=lambda: sequential_scan(A, b, reverse),
-        elsewhere=lambda: scan(A, b, reverse),
+        cpu=lambda: sequential_scan(A, b, reverse, y0),
+        elsewhere=lambda: scan(A, _begun(A, b, y0, reverse), reverse),
     )
+
+
+def scan_steps_transposed(
+    A: Propagators, b: _Steps, after: Array | None = None, reverse: bool = False
+) -> tuple[Array, _Steps]:
+    r"""The transpose of `scan_steps`, with the same `reverse`:
+
+    $$y_i = A_{i+1}^\top y_{i+1} + b_i, \qquad i = T, \dots, 1,$$
+
+    with `after` for $A_{T+1}^\top y_{T+1}$; the first value is $A_1^\top y_1$.
+    """
+    if isinstance(A, Blocks) and A.order is not None:
+        split, join = A.order.split, A.order.join
+        after = None if after is None else split(after)
+        before, ys = scan_steps_transposed(A.split(), split(b), after, reverse)
+        return join(before), join(ys)
+
+    def at_once():
+        # The transpose of "multiply the neighbour by mine" is "multiply by the
+        # neighbour's, transposed".
+        A_transpose = transpose(A, b)
+        first, last = (-1, 0) if reverse else (0, -1)
+        ys = b if after is None else b.at[last].add(after)
+        ys = scan_steps(shift(A_transpose, not reverse), ys, reverse=not reverse)
+        return apply(jtu.tree_map(lambda a: a[first], A_transpose), ys[first]), ys
+
+    return by_platform(
+        cpu=lambda: _sequential_scan_transposed(A, b, after, reverse),
+        elsewhere=at_once,
+    )
+
+
+def _begun(A, b, y0, reverse):
+    """The biases with what `y0` adds to the first of them."""
+    if y0 is None:
+        return b
+    first = -1 if reverse else 0
+    return b.at[first].add(apply(jtu.tree_map(lambda a: a[first], A), y0))
 
 
 def is_rectangular(A: Propagators, b: _Steps) -> TypeGuard[Array]:
     return _is_dense(A, b) and A.shape[-1] < b.shape[-1]
 
 
-def from_tail(solve, A: Array, b: _Steps, reverse: bool = False) -> _Steps:
+def from_tail(
+    solve, A: Array, b: _Steps, y0: Array | None = None, reverse: bool = False
+) -> _Steps:
     """A recurrence in which only the last entries of a state pass on to the next.
 
     Those are a recurrence of their own; the others follow from it, all at once.
     """
     num_heads = b.shape[-1] - A.shape[-1]
-    tails = solve(A[:, num_heads:], b[:, num_heads:], reverse)
-    heads = apply(A[:, :num_heads], shift(tails, reverse)) + b[:, :num_heads]
+    y0 = None if y0 is None else y0[num_heads:]
+    tails = solve(A[:, num_heads:], b[:, num_heads:], y0, reverse)
+    heads = apply(A[:, :num_heads], shift(tails, reverse, y0)) + b[:, :num_heads]
     return jnp.concatenate([heads, tails], axis=-1)
 
 
-def shift(stack, reverse: bool = False):
-    """The neighbour that each step starts from, with zero before the first."""
+def shift(stack, reverse: bool = False, y0: Array | None = None):
+    """The neighbour that each step starts from, with `y0` or zero before the first."""
 
     def shift(x):
-        zero = jnp.zeros_like(x[:1])
-        return jnp.concatenate([x[1:], zero] if reverse else [zero, x[:-1]])
+        first = jnp.zeros_like(x[:1]) if y0 is None else y0[None]
+        return jnp.concatenate([x[1:], first] if reverse else [first, x[:-1]])
 
     return jtu.tree_map(shift, stack)
 
 
-def affine_solve(A: Propagators, b: _Steps, reverse: bool = False) -> _Steps:
-    """As `scan_from_zero`, and differentiable to any order in `A` and `b`."""
+def affine_solve(
+    A: Propagators, b: _Steps, y0: Array | None = None, reverse: bool = False
+) -> _Steps:
+    """As `scan_steps`, and differentiable to any order in `A`, `b` and `y0`."""
     if b.size == 0:
         return b
     if is_rectangular(A, b):
-        return from_tail(affine_solve, A, b, reverse)
+        return from_tail(affine_solve, A, b, y0, reverse)
     if isinstance(A, Blocks) and A.order is not None:
-        return A.order.join(affine_solve(A.split(), A.order.split(b), reverse))
-    # The transpose of "multiply the neighbour by mine" is "multiply by the
-    # neighbour's, transposed".
-    A_transpose = transpose(shift(A, not reverse), b)
+        split = A.order.split
+        y0 = None if y0 is None else split(y0)
+        return A.order.join(affine_solve(A.split(), split(b), y0, reverse))
+
+    # The state before the first step is one more unknown, and its own equation.
+    def equations(states):
+        y0, ys = states
+        return y0, ys - apply(A, shift(ys, reverse, y0))
+
+    def solve(_, right):
+        y0, b = right
+        return y0, scan_steps(A, b, y0, reverse)
+
+    def transpose_solve(_, right):
+        y0_bar, b_bar = right
+        before, ys = scan_steps_transposed(A, b_bar, reverse=reverse)
+        return None if y0_bar is None else y0_bar + before, ys
+
     return lax.custom_linear_solve(
-        lambda ys: ys - apply(A, shift(ys, reverse)),
-        b,
-        solve=lambda _, b: scan_from_zero(A, b, reverse),
-        transpose_solve=lambda _, b: scan_from_zero(A_transpose, b, not reverse),
-    )
+        equations, (y0, b), solve=solve, transpose_solve=transpose_solve
+    )[1]
 
 
 def affine_scan(
@@ -285,5 +371,4 @@ def affine_scan(
         )
     if b.shape[0] == 0:
         return b
-    start = -1 if reverse else 0
-    return affine_solve(A, b.at[start].add(apply(A[start], y0)), reverse)
+    return affine_solve(A, b, y0, reverse)

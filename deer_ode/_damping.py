@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
-from ._affine import apply, from_tail, is_rectangular, multiply, scan_from_zero, shift
+from ._affine import apply, from_tail, is_rectangular, multiply, scan_steps, shift
 from ._blocks import Blocks
 from ._custom_types import Propagators, Trajectory
 from ._misc import ROUNDING_UNITS, by_platform
@@ -113,7 +113,7 @@ class Scaled(AbstractDamping):
     def __call__(self, A, residual, full, residual_at, size, damping, num_good):
         del full, residual_at, size, num_good
         scaled = jtu.tree_map(lambda a: jnp.asarray(self.factor, a.dtype) * a, A)
-        return Correction(scan_from_zero(scaled, residual), damping)
+        return Correction(scan_steps(scaled, residual), damping)
 
 
 Scaled.__init__.__doc__ = r"""**Arguments:**
@@ -203,7 +203,7 @@ def smooth(
     if is_rectangular(A, residual):
         # Only the last entries are damped; the others follow from those.
         tail_size = size[:, -A.shape[-1] :]
-        return from_tail(lambda A, r, _: smooth(A, r, lam, tail_size), A, residual)
+        return from_tail(lambda A, r, *_: smooth(A, r, lam, tail_size), A, residual)
     if isinstance(A, Blocks):
         order = A.order
         assert order is not None
@@ -269,13 +269,13 @@ def _smooth_dense(A, r, lam, size):
 
 
 def scan_dense(A, b, reverse: bool = False):
-    """`scan_from_zero` for any number of systems side by side."""
+    """`scan_steps` for any number of systems side by side."""
     if b.ndim > 2:
         # The innermost batch axis becomes the last one, and is mapped over.
         return jax.vmap(lambda A, b: scan_dense(A, b, reverse), in_axes=1, out_axes=1)(
             A, b
         )
-    return scan_from_zero(A, b, reverse)
+    return scan_steps(A, b, reverse=reverse)
 
 
 def covariances_in_turn(A, lam):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array
 
-from ._affine import scan_from_zero
+from ._affine import scan_steps
 from ._custom_types import State, Trajectory
 from ._damping import AbstractDamping, Undamped
 from ._linearisation import AbstractLinearisation, Dense, Exact
@@ -312,7 +312,7 @@ class Newton(AbstractMethod):
         error = jax.vmap(self.norm)(defect / self._tolerance(recurrence, size))
         error = jnp.where(is_known, 0, error)
         residual = jnp.where(is_known[:, None], 0, residual)
-        correction = scan_from_zero(A, residual)
+        correction = scan_steps(A, residual)
         # Written so that NaN is not good.
         good = is_known | (
             (error <= 1)

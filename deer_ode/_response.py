@@ -16,7 +16,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._affine import apply, scan_from_zero, shift, transpose
+from ._affine import apply, scan_steps, scan_steps_transposed, shift
 from ._custom_types import Trajectory
 from ._linearisation import AbstractLinearisation
 from ._misc import previous_states, state_at
@@ -61,17 +61,12 @@ def response_in_windows(
 
     def forwards(before, inputs):
         start, b = inputs
-        A = jacobians(start)
-        first = jtu.tree_map(lambda a: a[0], A)
-        out = scan_from_zero(A, b.at[0].add(apply(first, before)))
+        out = scan_steps(jacobians(start), b, before)
         return out[-1], out
 
     def backwards(after, inputs):
         start, b = inputs
-        A = transpose(jacobians(start), b)
-        first = jtu.tree_map(lambda a: a[0], A)
-        out = scan_from_zero(shift(A, reverse=True), b.at[-1].add(after), reverse=True)
-        return apply(first, out[0]), out
+        return scan_steps_transposed(jacobians(start), b, after)
 
     def remainder(t_ys):
         """What is left of the recurrence; only derivatives of this rule need it."""
