@@ -2,9 +2,9 @@
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any
 
 import diffrax
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
@@ -67,9 +67,10 @@ def grid(t1: float, steps: int, dtype) -> np.ndarray:
     return (np.arange(1, steps + 1) * (t1 / steps)).astype(dtype)
 
 
-def _constant(ts: np.ndarray) -> Any:
-    """As Diffrax's annotations want it; still known while tracing."""
-    return ts
+def _constant(ts: np.ndarray) -> jax.Array:
+    """As users have it from outside of `jax.jit`: still known while tracing."""
+    with jax.ensure_compile_time_eval():
+        return jnp.asarray(ts)
 
 
 def deer(field, t1: float, steps: int, solver=None, at_ts: bool = False) -> Callable:

@@ -26,3 +26,6 @@ of a state pass on), by their diagonals, or by their diagonal blocks.
 """
 
 Mask: TypeAlias = Bool[Array, " steps"]
+
+StepCounts: TypeAlias = range | tuple[int, ...]
+"""Numbers of steps, known while tracing."""

@@ -4,65 +4,19 @@ from typing import Any
 
 import diffrax
 import equinox as eqx
-import jax
-import jax.core
 import jax.numpy as jnp
-import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
+from ._counting import (
+    count_even_steps,
+    count_given_steps,
+    saved_even_steps,
+    saved_given_steps,
+)
 from ._custom_types import Args, Y
 from ._discretisation import AbstractImplicitTerm, consistent_initial_values
 from ._parallel_adjoint import CountedSteps, ParallelAdjoint
 from ._solver import DEER
-
-
-def _static(x, dtype) -> Any:
-    """`x` as a number known while tracing, or `None`."""
-    if isinstance(x, jax.core.Tracer):
-        return None
-    return np.asarray(x).astype(dtype)[()]
-
-
-def time_dtype(t0, t1, dt0, saveat: diffrax.SaveAt) -> np.dtype:
-    """The dtype in which Diffrax computes times; `dt0` may be `None`."""
-    subs = jtu.tree_leaves(saveat.subs, is_leaf=lambda x: hasattr(x, "ts"))
-    times = [t0, t1, dt0, *(sub.ts for sub in subs)]
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*(t for t in times if t is not None))
-    if not jnp.issubdtype(dtype, jnp.floating):
-        dtype = jnp.result_type(float)
-    return np.dtype(dtype)
-
-
-def num_even_steps(t0: np.floating, t1: np.floating, dt0: np.floating) -> int:
-    """How many steps `ConstantStepSize` makes, by the rule of Diffrax's controller."""
-    # The next number, so that rounding of `dt0` makes no extra step.
-    longest = np.nextafter(abs(dt0), dt0.dtype.type(np.inf))
-    return max(1, int(np.ceil(abs(t1 - t0) / longest)))
-
-
-def _count_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, bool]:
-    """The same, and whether it makes all of them: `None` where that is not static, or
-    makes no sense.
-    """
-    dtype = time_dtype(t0, t1, dt0, saveat)
-    t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
-    if t0 is None or t1 is None or dt0 is None:
-        return None, False
-    if not np.isfinite(t1 - t0) or not abs(dt0) > 0:
-        return None, False
-    num_steps = num_even_steps(t0, t1, dt0)
-    if num_steps == 1 and (t1 - (t0 + dt0)) * np.sign(dt0) > 0:
-        # Rounding leaves it short of `t1`, and Diffrax takes what is left for a second.
-        return 2, False
-    # A step that ends within a hundred units of rounding of `t1` is the last one. The
-    # first one is `dt0` long, the others divide the interval.
-    units = 200 * max(np.spacing(abs(t0)), np.spacing(abs(t1)))
-    left = [abs(t1 - t0) / num_steps]
-    if num_steps > 1:
-        left.append(abs(t1 - t0) - abs(dt0))
-    return num_steps, bool(min(left) > units)
 
 
 def _solve_implicit(term: AbstractImplicitTerm, t0, y0: Y, args: Args, throw, solve):
@@ -191,9 +145,12 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
             kwargs["adjoint"] = adjoint
         kwargs["max_steps"] = 4096 if max_steps is None else max_steps
         return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, args, **kwargs)
-    is_counted = False
+    saveat, is_counted, counts = kwargs["saveat"], False, ()
     if max_steps is None and isinstance(stepsize_controller, diffrax.StepTo):
-        max_steps = stepsize_controller.ts.shape[0] - 1
+        ts = stepsize_controller.ts
+        max_steps, is_counted = count_given_steps(ts, t0, t1, saveat)
+        if is_counted:
+            counts = saved_given_steps(ts, t0, t1, saveat)
     elif max_steps is None and isinstance(
         stepsize_controller, diffrax.ConstantStepSize
     ):
@@ -202,9 +159,7 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
                 "`dt0` is the size of the steps and must be given with "
                 "`ConstantStepSize()`; got `dt0=None`."
             )
-        max_steps, is_counted = _count_steps(t0, t1, dt0, kwargs["saveat"])
-        # A solve that is resumed goes on counting.
-        is_counted = is_counted and kwargs["controller_state"] is None
+        max_steps, is_counted = count_even_steps(t0, t1, dt0, saveat)
         if max_steps is None:
             raise ValueError(
                 "The number of steps must be known while tracing, but cannot be "
@@ -212,8 +167,12 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
                 "least the number of steps, or step to given times with "
                 "`stepsize_controller=diffrax.StepTo(ts)`."
             )
+        if is_counted:
+            counts = saved_even_steps(t0, t1, dt0, max_steps, saveat)
+    # A solve that is resumed goes on counting.
+    is_counted = is_counted and kwargs["controller_state"] is None
     if adjoint is None:
-        adjoint = CountedSteps() if is_counted else ParallelAdjoint()
+        adjoint = CountedSteps(counts) if is_counted else ParallelAdjoint()
     return diffrax.diffeqsolve(
         terms,
         solver,

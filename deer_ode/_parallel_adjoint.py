@@ -19,6 +19,8 @@ from diffrax._integrate import State
 from diffrax._misc import linear_rescale
 from jaxtyping import Array, PyTree
 
+from ._counting import is_subsaveat
+from ._custom_types import StepCounts
 from ._discretisation import Grid, discretise, tracing_steps
 from ._implicit import solve_trajectory
 from ._misc import StateFlattener, count_true, leading_true, state_at
@@ -177,6 +179,7 @@ def _all_steps(
     progress_meter,
     guess,
     is_counted,
+    counts,
 ) -> tuple[State, dict]:
     """What Diffrax's loop would end with, and the statistics of getting there."""
     grid = _controller_grid(controller, state, t1, max_steps, is_counted)
@@ -246,17 +249,20 @@ def _all_steps(
     solved = SolvedGrid(
         grid,
         num_steps,
+        state.y,
         ys,
         lambda ts, index: discretised.evaluate(solution.ys, steps, ts, index),
         are_all,
     )
+    subs, structure = jtu.tree_flatten(saveat.subs, is_leaf=is_subsaveat)
+    saved = structure.flatten_up_to(state.save_state)
+    counts = counts or (None,) * len(subs)
     with tracing_steps():
-        save_state = jtu.tree_map(
-            lambda sub, saved: save(sub, saved, solved, args),
-            saveat.subs,
-            state.save_state,
-            is_leaf=lambda x: isinstance(x, diffrax.SubSaveAt),
-        )
+        saved = [
+            save(sub, count, buffers, solved, args)
+            for sub, count, buffers in zip(subs, counts, saved, strict=True)
+        ]
+    save_state = jtu.tree_unflatten(structure, saved)
     num_made = count_true(solved.made())
     dense_fields = {}
     if saveat.dense:
@@ -331,6 +337,10 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
 
     is_counted: eqx.AbstractClassVar[bool]
     """Whether `max_steps` is exactly the number of steps."""
+    counts: eqx.AbstractVar[tuple[StepCounts | None, ...]]
+    """For each `SubSaveAt` after how many steps its `ts` are, where that is known; or
+    nothing at all.
+    """
 
     def loop(
         self,
@@ -393,6 +403,7 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
                 progress_meter=progress_meter,
                 guess=init_state.solver_state.ys if passed_solver_state else None,
                 is_counted=self.is_counted,
+                counts=self.counts,
             )
             stats.update(new_stats)
             return state
@@ -445,12 +456,14 @@ class ParallelAdjoint(AbstractParallelAdjoint):
     """
 
     is_counted: ClassVar[bool] = False
+    counts: ClassVar[tuple[()]] = ()
 
 
 class CountedSteps(AbstractParallelAdjoint):
     """As [`deer_ode.ParallelAdjoint`][], where `max_steps` is exactly the number of
     steps: nothing need be done for steps that may not be there, which is a tenth of the
-    time of a loop over cheap ones.
+    time of a loop over cheap ones. What is saved where steps end is not interpolated.
     """
 
     is_counted: ClassVar[bool] = True
+    counts: tuple[StepCounts | None, ...] = eqx.field(static=True, default=())

@@ -15,6 +15,7 @@ import numpy as np
 from diffrax._term import WrapTerm
 
 from ._auto import Auto
+from ._counting import num_even_steps, time_dtype
 from ._damping import Undamped
 from ._discretisation import (
     AbstractImplicitTerm,
@@ -22,7 +23,7 @@ from ._discretisation import (
     consistent_initial_values,
     discretise,
 )
-from ._integrate import diffeqsolve, num_even_steps, time_dtype
+from ._integrate import diffeqsolve
 from ._method import AbstractMethod
 from ._misc import StateFlattener
 from ._newton import Newton

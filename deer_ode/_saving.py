@@ -10,10 +10,11 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from diffrax._integrate import SaveState
 from jaxtyping import Array, Bool, Int
 
-from ._custom_types import Args, Y
+from ._custom_types import Args, StepCounts, Y
 from ._discretisation import Grid
 from ._misc import count_true
 
@@ -26,6 +27,7 @@ class SolvedGrid(eqx.Module):
 
     grid: Grid
     num_steps: Int[Array, ""]
+    y0: Y
     ys: Y
     evaluate: Callable[..., Y] = eqx.field(static=True)
     """`(ts, index)` to the solution at `ts`, which lie in the steps `index`."""
@@ -37,6 +39,18 @@ class SolvedGrid(eqx.Module):
             return jnp.ones(self.grid.num_steps, bool)
         steps = jnp.arange(self.grid.num_steps, dtype=jnp.int32)
         return steps < self.num_steps
+
+    def states_after(self, counts: StepCounts) -> Y:
+        """The states after so many steps, in ascending order: `y0` after none."""
+        shift = 1 if counts[0] > 0 else 0
+
+        def take(y0, ys):
+            ys = ys if shift else jnp.concatenate([y0[None], ys])
+            if isinstance(counts, range):
+                return ys[counts.start - shift : counts.stop - shift : counts.step]
+            return ys[np.asarray(counts) - shift]
+
+        return jtu.tree_map(take, self.y0, self.ys)
 
 
 def set_where(
@@ -54,9 +68,15 @@ def _scatter(buffer, positions, value):
 
 
 def save(
-    subsaveat: diffrax.SubSaveAt, save_state: SaveState, solved: SolvedGrid, args: Args
+    subsaveat: diffrax.SubSaveAt,
+    counts: StepCounts | None,
+    save_state: SaveState,
+    solved: SolvedGrid,
+    args: Args,
 ) -> SaveState:
     """Fills the output of one `SubSaveAt`, in the order in which Diffrax would.
+
+    `counts` is after how many steps it is `ts`, where that is known while tracing.
 
     The value at `t0` is there already; that at `t1` is written by Diffrax afterwards.
     """
@@ -76,7 +96,11 @@ def save(
         # What is not reached is evaluated at the start instead, where all is finite.
         index = jnp.where(reached, index, 0)
         times = jnp.where(reached, ts, solved.grid.tprev[0])
-        values = save_at(times, solved.evaluate(times, index))
+        if counts is not None and solved.are_all_made:
+            states = solved.states_after(counts)
+        else:
+            states = solved.evaluate(times, index)
+        values = save_at(times, states)
         num_saved = num_reached = count_true(reached)
         positions = jnp.arange(len(ts), dtype=jnp.int32) + index // max(every, 1)
         where = jnp.where(reached, offset + positions, out_size)

@@ -22,7 +22,8 @@ from deer_ode import (
     Window,
     diffeqsolve,
 )
-from deer_ode._integrate import _count_steps
+from deer_ode._counting import count_even_steps, saved_even_steps, saved_given_steps
+from deer_ode._discretisation import Discretised
 
 from .helpers import (
     BY_DOOR,
@@ -161,6 +162,72 @@ def test_step_to(door):
         run(door, **(kwargs | dict(t1=0.95)))
     with pytest.raises(Exception, match="strictly increasing"):
         run(door, **(kwargs | dict(stepsize_controller=diffrax.StepTo(ts[::-1]))))
+
+
+EVEN = np.linspace(0.0, 3.0, 31)
+GIVEN = np.array([0.0, 0.1, 0.15, 0.4, 0.41, 0.9, 1.0])
+STEP_TO = dict(t1=1.0, dt0=None, stepsize_controller=diffrax.StepTo(jnp.array(GIVEN)))
+
+#: Times that are those of steps, what makes the steps, and how many come before each.
+SAVED = {
+    "all": (EVEN, {}, range(31)),
+    "some": (EVEN[[0, 2, 7, 7, 30]], {}, (0, 2, 7, 7, 30)),
+    "and every fourth step": (EVEN[[2, 4, 5]], {"steps": 4}, (2, 4, 5)),
+    "backwards": (EVEN[:0:-1], dict(t0=3.0, t1=0.0, dt0=-0.1), range(30)),
+    "given": (GIVEN[1:], STEP_TO, range(1, 7)),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_nothing_is_interpolated_where_steps_end(name, monkeypatch):
+    ts, kwargs, _ = SAVED[name]
+    kwargs = dict(kwargs)
+    saveat = diffrax.SaveAt(ts=jnp.asarray(ts), steps=kwargs.pop("steps", 0))
+    kwargs |= dict(saveat=saveat, solver=diffrax.Euler())
+    expected = run(None, **kwargs)
+
+    def evaluate(*args):
+        raise AssertionError("interpolated")
+
+    monkeypatch.setattr(Discretised, "evaluate", evaluate)
+    assert_same_solution(run("a", **kwargs), expected)
+
+
+def test_times_of_steps():
+    def even(ts, t0=0.0, t1=3.0, dt0=0.1, **kwargs):
+        saveat = diffrax.SaveAt(ts=jnp.asarray(ts))
+        return saved_even_steps(t0, t1, dt0, 30, saveat)[0]
+
+    for ts, kwargs, counts in SAVED.values():
+        if kwargs is not STEP_TO:
+            assert even(ts, **kwargs) == counts
+    assert even(EVEN[3::3]) == range(3, 31, 3)
+    assert even(EVEN[-1:]) == range(30, 31)
+    # Worked out in another way, and rounded in another way.
+    assert even(np.minimum(np.cumsum(np.full(30, 0.1)), 3.0)) == range(1, 31)
+    for units, counts in ((4, range(1, 2)), (5, None), (-4, range(1, 2)), (-5, None)):
+        assert even([EVEN[1] + units * np.spacing(3.0)]) == counts
+    assert even([0.05]) is None
+    for ts, counts in ((GIVEN[[1, 2, 5]], (1, 2, 5)), (GIVEN[1] + [1e-16], None)):
+        saveat = diffrax.SaveAt(ts=jnp.asarray(ts))
+        assert saved_given_steps(jnp.asarray(GIVEN), 0.0, 1.0, saveat) == (counts,)
+
+
+def test_gradients_at_the_times_of_steps():
+    """The same whether or not it is known while tracing that steps end there."""
+
+    def gradient(door, ts):
+        def loss(args):
+            saveat = diffrax.SaveAt(ts=ts)
+            sol = run(door, diffrax.Euler(), t1=1.0, args=args, saveat=saveat)
+            return jnp.sum(jnp.sin(sol.ys))
+
+        return jax.value_and_grad(loss)(lotka_volterra_args())
+
+    ts = jnp.linspace(0.0, 1.0, 6)
+    expected = gradient(None, ts)
+    for actual in (gradient("a", ts), jax.jit(lambda ts: gradient("a", ts))(ts)):
+        assert_close(actual, expected, rounding())
 
 
 @pytest.mark.parametrize("num_substeps", (1, 6))
@@ -695,7 +762,7 @@ def test_the_steps_are_diffraxs(t0, t1, dt0, num_steps):
     ),
 )
 def test_which_steps_are_counted(t0, t1, dt0, expected):
-    assert _count_steps(t0, t1, dt0, diffrax.SaveAt(t1=True)) == expected
+    assert count_even_steps(t0, t1, dt0, diffrax.SaveAt(t1=True)) == expected
 
 
 def test_refusals():
