@@ -90,15 +90,19 @@ def save(
     saves = []
     num_saved = num_reached = 0
     if ts is not None:
-        index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
-        last = jnp.where(num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf)
-        reached = ts <= last
-        # What is not reached is evaluated at the start instead, where all is finite.
-        index = jnp.where(reached, index, 0)
-        times = jnp.where(reached, ts, solved.grid.tprev[0])
         if counts is not None and solved.are_all_made:
-            states = solved.states_after(counts)
+            index = jnp.maximum(jnp.asarray(counts, jnp.int32) - 1, 0)
+            reached = jnp.ones(len(ts), bool)
+            times, states = ts, solved.states_after(counts)
         else:
+            index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
+            last = jnp.where(
+                num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf
+            )
+            reached = ts <= last
+            # What is not reached is evaluated at the start, where all is finite.
+            index = jnp.where(reached, index, 0)
+            times = jnp.where(reached, ts, solved.grid.tprev[0])
             states = solved.evaluate(times, index)
         values = save_at(times, states)
         num_saved = num_reached = count_true(reached)
