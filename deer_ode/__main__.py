@@ -53,7 +53,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="explicit Runge-Kutta solver of Diffrax: heun, dopri5, ... [%(default)s]",
     )
     parser.add_argument(
-        "--out", default="two_body.png", help="the picture to write [%(default)s]"
+        "--out", default="system.png", help="the picture to write [%(default)s]"
     )
     parser.add_argument(
         "--seed", type=_integer(0), default=0, help="of the noise [%(default)s]"
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from . import _demo as demo
+    from . import _demo as demo, _two_body as system
 
     if options.solver.lower() not in demo.SOLVERS:
         _fail(
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{options.solver!r}"
         )
     start = time.perf_counter()
-    problem = demo.simulate(options.points, np.random.default_rng(options.seed))
+    problem = system.simulate(options.points, np.random.default_rng(options.seed))
     num_steps = problem.grid.shape[0] - 1
     task = demo.Task(
         problem,
@@ -109,11 +109,11 @@ def main(argv: list[str] | None = None) -> int:
         jax.random.key(options.seed),
         options.steps,
     )
-    num_weights = task.first.size - len(demo.PARAMETERS)
+    num_weights = task.first.size - len(system.PARAMETERS)
     print(
         f"Two bodies, {options.points:,} observations, {num_steps:,} time steps of "
-        f"{type(task.solver).__name__}; {len(demo.PARAMETERS)} physical parameters and "
-        f"{num_weights} weights to fit."
+        f"{type(task.solver).__name__}; {len(system.PARAMETERS)} physical parameters "
+        f"and {num_weights} weights to fit."
     )
     try:
         training = demo.train(task, options.steps)
@@ -130,35 +130,35 @@ def main(argv: list[str] | None = None) -> int:
     }
     histories = demo.residual_history(task, model, guesses)
     demo.plot(options.out, task, training, histories)
-    _report(demo, task, training, comparison)
+    _report(system, task, training, comparison)
     print(f"\nPicture: {options.out}. Total time: {time.perf_counter() - start:.0f} s.")
     if not comparison.agrees:
         _fail("loss and gradient differ from stock Diffrax's by more than rounding", 1)
     return 0
 
 
-def _report(demo, task, training, comparison) -> None:
-    true = demo.true_parameters()
+def _report(system, task, training, comparison) -> None:
+    true = system.true_parameters()
     # A component is compared with the length of its vector.
     sizes = [true[0], true[1], *2 * [abs(true[2])], *2 * [abs(true[5])]]
     print(
         f"\n{'':6}{'true':>10}{'before':>10}{'fitted':>10}{'error':>10}"
         f"{'std. err.':>10}{'relative':>10}"
     )
-    for i, name in enumerate(demo.PARAMETERS):
+    for i, name in enumerate(system.PARAMETERS):
         error = abs(float(training.parameters[i] - true[i]))
         print(
             f"{name:6}{float(true[i]):10.5f}{float(task.first[i]):10.5f}"
             f"{float(training.parameters[i]):10.5f}{error:10.1e}"
             f"{training.standard_errors[i]:10.1e}{error / float(sizes[i]):10.1e}"
         )
-    friction = demo.friction_error(task.problem, task.model(training.parameters))
+    friction = system.friction_error(task.problem, task.model(training.parameters))
     steps = training.newton_steps
     parallel, stock = training.seconds, comparison.seconds_stock
     rows = {
         "loss (mean square, in units of the noise)": (
             f"{training.losses[0]:.4g} first, {training.losses[-1]:.5f} last, "
-            f"{demo.loss_of_truth(task.problem):.5f} for the truth"
+            f"{system.loss_of_truth(task.problem):.5f} for the truth"
         ),
         "learned friction along the true orbit": f"{friction:.1%} off (rms)",
         "Newton steps per solve": (

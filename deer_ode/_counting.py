@@ -3,7 +3,7 @@
 Plain NumPy, in the dtype in which Diffrax computes times.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
@@ -13,6 +13,16 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._custom_types import StepCounts
+
+
+class KnownSteps(NamedTuple):
+    """Steps that Diffrax makes all of."""
+
+    num_steps: int
+    saved: tuple[StepCounts | None, ...]
+    """For each `SubSaveAt` after how many steps its `ts` are, where all of them are
+    ends of steps.
+    """
 
 
 def is_subsaveat(x: Any) -> bool:
@@ -49,7 +59,7 @@ def num_even_steps(t0: np.floating, t1: np.floating, dt0: np.floating) -> int:
 
 
 def count_even_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, bool]:
-    """The same, and whether it makes all of them: `None` where that is not static, or
+    """How many, and whether it makes all of them: `None` where that is not static, or
     makes no sense.
     """
     dtype = time_dtype(t0, t1, dt0, saveat)
@@ -71,58 +81,64 @@ def count_even_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, b
     return num_steps, bool(min(left) > units)
 
 
-def count_given_steps(ts, t0, t1, saveat: diffrax.SaveAt) -> tuple[int, bool]:
-    """How many steps `StepTo(ts)` makes, and whether it is sure to make all."""
-    dtype = time_dtype(t0, t1, None, saveat)
-    points, t0, t1 = (_static(t, dtype) for t in (ts, t0, t1))
-    num_steps = ts.shape[0] - 1
-    if points is None or t0 is None or t1 is None:
-        return num_steps, False
-    ends_fit = points[0] == t0 and points[-1] == t1
-    steps = np.diff(points) * np.sign(t1 - t0)
-    return num_steps, bool(ends_fit and np.all(steps > 0))
-
-
-def saved_even_steps(
-    t0, t1, dt0, num_steps: int, saveat: diffrax.SaveAt
-) -> tuple[StepCounts | None, ...]:
-    """For each `SubSaveAt` after how many of so many even steps its `ts` are."""
+def count_steps(
+    controller: diffrax.AbstractStepSizeController, t0, t1, dt0, saveat: diffrax.SaveAt
+) -> tuple[int | None, KnownSteps | None]:
+    """At most how many steps there are, and which they are, as far as it is known."""
     dtype = time_dtype(t0, t1, dt0, saveat)
+    if isinstance(controller, diffrax.StepTo):
+        bound = controller.ts.shape[0] - 1
+        points = _given_points(controller.ts, t0, t1, dtype)
+        slack = 0.0
+    elif isinstance(controller, diffrax.ConstantStepSize):
+        bound, is_exact = count_even_steps(t0, t1, dt0, saveat)
+        points = _even_points(t0, t1, dt0, bound, dtype) if bound and is_exact else None
+        # Times that are worked out in another way differ by rounding, twice in either.
+        slack = 4 * _unit(t0, t1, dtype) if is_exact else 0.0
+    else:
+        return None, None
+    if points is None:
+        return bound, None
+    saved = tuple(_saved_at(points, ts, slack) for ts in _saved_times(saveat))
+    return bound, KnownSteps(len(points) - 1, saved)
+
+
+def _unit(t0, t1, dtype) -> float:
+    return float(np.spacing(max(abs(dtype.type(t0)), abs(dtype.type(t1)))))
+
+
+def _given_points(ts, t0, t1, dtype) -> np.ndarray | None:
+    """Where `StepTo(ts)` is sure to make all steps."""
+    points, t0, t1 = (_static(t, dtype) for t in (ts, t0, t1))
+    if points is None or t0 is None or t1 is None:
+        return None
+    is_whole = points[0] == t0 and points[-1] == t1
+    steps = np.diff(points) * np.sign(t1 - t0)
+    return points if is_whole and np.all(steps > 0) else None
+
+
+def _even_points(t0, t1, dt0, num_steps: int, dtype) -> np.ndarray:
     t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
     points = t0 + (t1 - t0) * (np.arange(num_steps + 1) / num_steps).astype(dtype)
     if num_steps > 1:
         points[1] = t0 + dt0
     points[-1] = t1
-    # Times that are worked out in another way differ by rounding, twice in either.
-    slack = float(4 * np.spacing(max(abs(t0), abs(t1))))
-    return _saved_at(points, saveat, slack)
+    return points
 
 
-def saved_given_steps(ts, t0, t1, saveat: diffrax.SaveAt):
-    """The same, of the steps of `StepTo(ts)`."""
-    dtype = time_dtype(t0, t1, None, saveat)
-    return _saved_at(_static(ts, dtype), saveat, 0.0)
-
-
-def _saved_at(
-    points: np.ndarray, saveat: diffrax.SaveAt, slack: float
-) -> tuple[StepCounts | None, ...]:
+def _saved_at(points: np.ndarray, ts, slack: float) -> StepCounts | None:
+    ts = _static(ts, points.dtype)
+    if ts is None or ts.size == 0:
+        return None
     direction = np.sign(points[-1] - points[0])
-
-    def find(ts) -> StepCounts | None:
-        ts = _static(ts, points.dtype)
-        if ts is None or ts.size == 0:
-            return None
-        after = np.searchsorted(direction * points, direction * ts)
-        after = np.clip(after, 1, len(points) - 1)
-        before = after - 1
-        is_before = np.abs(points[before] - ts) < np.abs(points[after] - ts)
-        counts = np.where(is_before, before, after)
-        if not np.all(np.abs(points[counts] - ts) <= slack):
-            return None
-        first, *rest = (int(count) for count in counts)
-        stride = rest[0] - first if rest else 1
-        even = range(first, first + len(counts) * stride, stride) if stride > 0 else ()
-        return even if list(even) == [first, *rest] else (first, *rest)
-
-    return tuple(find(ts) for ts in _saved_times(saveat))
+    after = np.searchsorted(direction * points, direction * ts)
+    after = np.clip(after, 1, len(points) - 1)
+    before = after - 1
+    is_before = np.abs(points[before] - ts) < np.abs(points[after] - ts)
+    counts = np.where(is_before, before, after)
+    if not np.all(np.abs(points[counts] - ts) <= slack):
+        return None
+    first, *rest = counts.tolist()
+    stride = rest[0] - first if rest else 1
+    even = range(first, first + len(counts) * stride, stride) if stride > 0 else ()
+    return even if list(even) == [first, *rest] else (first, *rest)

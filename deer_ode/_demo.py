@@ -1,22 +1,12 @@
-r"""The demonstration behind `python -m deer_ode`: two bodies and an unknown friction.
+"""The demonstration behind `python -m deer_ode`: two bodies fitted to observations.
 
-Two bodies attract each other, and a friction that depends on their distance takes
-energy out of the orbit. With $x$ the separation, $v$ its rate and $G = 1$,
-
-$$\dot x = v, \qquad \dot v = -(m_1 + m_2) \frac{x}{|x|^3} - g(|x|) \, v.$$
-
-Both bodies are seen from their common centre, at irregular times and with noise.
-Wanted are the masses, the separation and velocity at the start, and the law $g$, for
-which nothing is assumed: a neural network stands in its place. All are fitted at once,
-by gradient descent through the differential equation.
-
-Units: the semi-major axis is 1 and, with a total mass of $\mu$, the period is
-$2 \pi / \sqrt{\mu}$.
+Wanted are the masses, the separation and velocity at the start, and the law of
+friction, for which nothing is assumed: a neural network stands in its place. All are
+fitted at once, by gradient descent through the differential equation.
 """
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -25,7 +15,7 @@ import jax.flatten_util as jfu
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -33,6 +23,18 @@ from ._integrate import diffeqsolve
 from ._newton import Newton
 from ._predictor import Coarse, Trajectory
 from ._solver import DEER
+from ._two_body import (
+    NOISE,
+    PARAMETERS,
+    TERM,
+    Model,
+    Problem,
+    first_model,
+    integrate,
+    loss_of_truth,
+    see,
+    true_system,
+)
 
 
 SOLVERS = dict(
@@ -44,21 +46,6 @@ SOLVERS = dict(
     dopri5=diffrax.Dopri5,
     dopri8=diffrax.Dopri8,
 )
-PARAMETERS = ("m1", "m2", "x(0)", "y(0)", "vx(0)", "vy(0)")
-
-_MASSES = np.array([1.0, 0.6])
-_ECCENTRICITY = 0.5
-_NUM_ORBITS = 4
-_FRICTION = 1.2e-3
-# Standard deviation of the noise in each coordinate.
-_NOISE = 0.005
-# How wrong the values are that the fit starts from.
-_OFFSETS = np.array([0.03, -0.02, 0.01, 0.01, 0.01, -0.01])
-# Between observations that lie further apart the solver makes more steps, so that few
-# observations still give an accurate orbit. (10,000 lie closer by far.)
-_LONGEST_STEP = 0.05
-# Scale of the network's output, so that weights of order one mean a weak friction.
-_NETWORK_SCALE = 0.02
 # How uncertain the parameters are taken to be before the data speak: a tenth of the
 # units for the physical ones, and weights of order one.
 _PRIOR_PHYSICS = 0.1
@@ -71,132 +58,6 @@ _LONGEST_UPDATE = 0.5
 _NUM_ROUNDS = 10
 # Newton steps after which a solve is no longer worth a picture.
 _MAX_HISTORY = 60
-
-
-class Model(eqx.Module):
-    """What is fitted."""
-
-    masses: Float[Array, " bodies"]
-    start: Float[Array, " state"]
-    """Separation and its rate at time zero, both in the plane of the orbit."""
-    network: eqx.nn.MLP
-
-    def friction(self, distance):
-        # Forces fall with distance, so its inverse is what they are smooth in. It lies
-        # between about a half and two.
-        return _NETWORK_SCALE * self.network(2 * (1 / distance - 1))
-
-
-class Truth(eqx.Module):
-    """What the data come from."""
-
-    masses: Float[Array, " bodies"]
-    start: Float[Array, " state"]
-
-    def friction(self, distance):
-        return _FRICTION / distance**2
-
-
-def _true_system() -> Truth:
-    # From the far end of the ellipse.
-    distance = 1 + _ECCENTRICITY
-    speed = np.sqrt(_MASSES.sum() * (1 - _ECCENTRICITY) / (1 + _ECCENTRICITY))
-    return Truth(jnp.asarray(_MASSES), jnp.asarray([distance, 0.0, 0.0, speed]))
-
-
-def _first_model(key) -> Model:
-    """Physics alone, and not quite right: the network starts as zero."""
-    truth = _true_system()
-    network = eqx.nn.MLP("scalar", "scalar", 8, 1, jnp.tanh, key=key)
-    network = eqx.tree_at(
-        lambda n: (n.layers[-1].weight, n.layers[-1].bias),
-        network,
-        replace_fn=jnp.zeros_like,
-    )
-    return Model(truth.masses + _OFFSETS[:2], truth.start + _OFFSETS[2:], network)
-
-
-def _length(x):
-    return jnp.sqrt(jnp.sum(x * x))
-
-
-def _vector_field(t, y, system):
-    del t
-    x, v = y[:2], y[2:]
-    distance = _length(x)
-    gravity = -jnp.sum(system.masses) * x / distance**3
-    return jnp.concatenate([v, gravity - system.friction(distance) * v])
-
-
-_TERM = diffrax.ODETerm(_vector_field)
-
-
-class Problem(NamedTuple):
-    """The data, and the grid of time steps, which passes through all of them."""
-
-    positions: Float[Array, "bodies points 2"]
-    truth: Float[Array, "points state"]
-    grid: Float[Array, " knots"]
-    indices: Int[Array, " points"]
-    """Which step of the grid ends at each observation."""
-
-
-def _solve(
-    run: Callable,
-    solver,
-    system,
-    grid,
-    saveat=diffrax.SaveAt(steps=True),
-    throw=True,
-) -> Any:
-    """`run` is Diffrax's `diffeqsolve` or ours: only `DEER` is new.
-
-    Newton's method starts from its default guess. The solution of the last gradient
-    step, by way of `solver_state`, takes as long here: with so many points to an orbit
-    a coarse solve is a better guess than the orbit of slightly different parameters.
-    """
-    return run(
-        _TERM,
-        solver,
-        grid[0],
-        grid[-1],
-        None,
-        system.start,
-        system,
-        saveat=saveat,
-        stepsize_controller=diffrax.StepTo(grid),
-        max_steps=grid.shape[0] - 1,
-        throw=throw,
-    )
-
-
-def _see(system, states):
-    """Where the two bodies are, seen from their common centre."""
-    fraction = system.masses / jnp.sum(system.masses)
-    x = states[:, :2]
-    return jnp.stack([-fraction[1] * x, fraction[0] * x])
-
-
-def simulate(num_points: int, rng: np.random.Generator) -> Problem:
-    """Observations at random times, from an eighth-order reference solution."""
-    system = _true_system()
-    ts = np.cumsum(rng.exponential(size=num_points))
-    ts *= _NUM_ORBITS * 2 * np.pi / np.sqrt(_MASSES.sum()) / ts[-1]
-    gaps = np.diff(ts, prepend=0.0)
-    counts = np.ceil(gaps / _LONGEST_STEP).astype(int)
-    parts = [
-        t - gap * np.arange(count - 1, -1, -1) / count
-        for t, gap, count in zip(ts, gaps, counts, strict=True)
-    ]
-    grid = jnp.asarray(np.concatenate([[0.0], *parts]))
-    indices = jnp.asarray(np.cumsum(counts) - 1)
-    reference = eqx.filter_jit(_solve)(
-        diffrax.diffeqsolve, diffrax.Dopri8(), system, grid
-    )
-    truth = reference.ys[indices]
-    positions = _see(system, truth)
-    noise = jnp.asarray(_NOISE * rng.standard_normal(positions.shape))
-    return Problem(positions + noise, truth, grid, indices)
 
 
 class Frame(NamedTuple):
@@ -217,7 +78,7 @@ class Task:
     ):
         self.problem = problem
         self.solver = solver
-        dynamic, self._static = eqx.partition(_first_model(key), eqx.is_array)
+        dynamic, self._static = eqx.partition(first_model(key), eqx.is_array)
         self.first, self._unravel = jfu.ravel_pytree(dynamic)
         schedule = optax.cosine_decay_schedule(
             _LEARNING_RATE, -(-num_steps // _NUM_ROUNDS)
@@ -235,13 +96,15 @@ class Task:
 
     def _misfit(self, model, ys):
         """Difference from the data in units of the noise."""
-        seen = _see(model, ys[self.problem.indices])
-        return (seen - self.problem.positions) / _NOISE
+        seen = see(model, ys[self.problem.indices])
+        return (seen - self.problem.positions) / NOISE
 
     def _solve(self, parameters):
         """The loss and the solution."""
         model = self.model(parameters)
-        sol = _solve(diffeqsolve, DEER(self.solver, Newton()), model, self.problem.grid)
+        sol = integrate(
+            diffeqsolve, DEER(self.solver, Newton()), model, self.problem.grid
+        )
         return jnp.mean(self._misfit(model, sol.ys) ** 2), sol
 
     def _gradient_step(self, z, frame, opt_state, level, is_parallel):
@@ -251,9 +114,9 @@ class Task:
             model = self.model(frame.mean + frame.scale @ z)
             grid = self.problem.grid
             if is_parallel:
-                sol = _solve(diffeqsolve, DEER(self.solver, Newton()), model, grid)
+                sol = integrate(diffeqsolve, DEER(self.solver, Newton()), model, grid)
             else:
-                sol = _solve(diffrax.diffeqsolve, self.solver, model, grid)
+                sol = integrate(diffrax.diffeqsolve, self.solver, model, grid)
             value = jnp.mean(self._misfit(model, sol.ys) ** 2)
             return value / (2 * level), (value, sol)
 
@@ -269,7 +132,7 @@ class Task:
         def solve(parameters):
             model = self.model(parameters)
             grid = self.problem.grid
-            sol = _solve(diffeqsolve, DEER(self.solver, Newton()), model, grid)
+            sol = integrate(diffeqsolve, DEER(self.solver, Newton()), model, grid)
             return sol.ys, self._misfit(model, sol.ys).ravel()
 
         _, push_forward = jax.linearize(solve, parameters)
@@ -420,8 +283,8 @@ def residual_history(
     @eqx.filter_jit
     def residual(ys):
         def step(t0, t1, y):
-            state = solver.init(_TERM, t0, t1, y, system)
-            return solver.step(_TERM, t0, t1, y, system, state, made_jump=True)[0]
+            state = solver.init(TERM, t0, t1, y, system)
+            return solver.step(TERM, t0, t1, y, system, state, made_jump=True)[0]
 
         starts = jnp.concatenate([system.start[None], ys[:-1]])
         return jnp.max(jnp.abs(jax.vmap(step)(grid[:-1], grid[1:], starts) - ys))
@@ -430,7 +293,7 @@ def residual_history(
     def newton_step(predictor):
         method = Newton(guess=predictor, newton_max_steps=1, fallback=False)
         saveat = diffrax.SaveAt(solver_state=True)
-        sol = _solve(diffeqsolve, DEER(solver, method), system, grid, saveat, False)
+        sol = integrate(diffeqsolve, DEER(solver, method), system, grid, saveat, False)
         return sol.solver_state.ys, sol.result == diffrax.RESULTS.successful
 
     histories = {}
@@ -444,26 +307,6 @@ def residual_history(
     return histories
 
 
-def loss_of_truth(problem: Problem) -> float:
-    """What noise alone leaves: about one."""
-    noise = problem.positions - _see(_true_system(), problem.truth)
-    return float(jnp.mean((noise / _NOISE) ** 2))
-
-
-def friction_error(problem: Problem, model: Model) -> float:
-    """Of the learned friction along the true orbit: rms, relative to its own rms."""
-    distances = jax.vmap(_length)(problem.truth[:, :2])
-    speeds = jax.vmap(_length)(problem.truth[:, 2:])
-    learned = jax.vmap(model.friction)(distances) * speeds
-    true = jax.vmap(_true_system().friction)(distances) * speeds
-    return float(jnp.sqrt(jnp.mean((learned - true) ** 2) / jnp.mean(true**2)))
-
-
-def true_parameters() -> Float[Array, " parameters"]:
-    truth = _true_system()
-    return jnp.concatenate([truth.masses, truth.start])
-
-
 def plot(
     path: str, task: Task, training: Training, histories: dict[str, list[float]]
 ) -> None:
@@ -473,9 +316,9 @@ def plot(
     left, middle, right = figure.subplots(1, 3)
 
     data = np.asarray(problem.positions)
-    before = np.asarray(_see(task.model(task.first), training.first_states))
-    fitted = np.asarray(_see(task.model(training.parameters), training.states))
-    true = np.asarray(_see(_true_system(), problem.truth))
+    before = np.asarray(see(task.model(task.first), training.first_states))
+    fitted = np.asarray(see(task.model(training.parameters), training.states))
+    true = np.asarray(see(true_system(), problem.truth))
     # All of it, and from nearby the far end of the lighter body's orbit.
     close = left.inset_axes((0.6, 0.7, 0.4, 0.3))
     for axes in (left, close):

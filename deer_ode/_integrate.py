@@ -7,12 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, PyTree
 
-from ._counting import (
-    count_even_steps,
-    count_given_steps,
-    saved_even_steps,
-    saved_given_steps,
-)
+from ._counting import count_steps
 from ._custom_types import Args, Y
 from ._discretisation import AbstractImplicitTerm, consistent_initial_values
 from ._parallel_adjoint import CountedSteps, ParallelAdjoint
@@ -74,9 +69,10 @@ def diffeqsolve(
     given:
 
     - `max_steps` is the number of steps, counted from `t0`, `t1` and `dt0` (or from
-        `StepTo(ts)`), so that `SaveAt(steps=True)` has no padding. Where one of those
-        times is not known while tracing (under `jax.jit` or `jax.vmap` over times) give
-        a bound.
+        `StepTo(ts)`), so that `SaveAt(steps=True)` has no padding. A larger one costs
+        nothing but that padding. Where one of those times is not known while tracing
+        (under `jax.jit` or `jax.vmap` over times) give a bound, close to the number of
+        steps: all of it is solved for.
     - `adjoint` is [`deer_ode.ParallelAdjoint`][], whose derivatives are exact.
 
     Beside Diffrax's terms there are [`deer_ode.DAETerm`][] and
@@ -145,34 +141,31 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
             kwargs["adjoint"] = adjoint
         kwargs["max_steps"] = 4096 if max_steps is None else max_steps
         return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, args, **kwargs)
-    saveat, is_counted, counts = kwargs["saveat"], False, ()
-    if max_steps is None and isinstance(stepsize_controller, diffrax.StepTo):
-        ts = stepsize_controller.ts
-        max_steps, is_counted = count_given_steps(ts, t0, t1, saveat)
-        if is_counted:
-            counts = saved_given_steps(ts, t0, t1, saveat)
-    elif max_steps is None and isinstance(
-        stepsize_controller, diffrax.ConstantStepSize
-    ):
-        if dt0 is None:
-            raise ValueError(
-                "`dt0` is the size of the steps and must be given with "
-                "`ConstantStepSize()`; got `dt0=None`."
-            )
-        max_steps, is_counted = count_even_steps(t0, t1, dt0, saveat)
-        if max_steps is None:
-            raise ValueError(
-                "The number of steps must be known while tracing, but cannot be "
-                f"counted from t0={t0}, t1={t1}, dt0={dt0}. Give `max_steps=...`, at "
-                "least the number of steps, or step to given times with "
-                "`stepsize_controller=diffrax.StepTo(ts)`."
-            )
-        if is_counted:
-            counts = saved_even_steps(t0, t1, dt0, max_steps, saveat)
+    bound, known = None, None
+    is_even = isinstance(stepsize_controller, diffrax.ConstantStepSize)
+    if not (is_even and dt0 is None):
+        bound, known = count_steps(stepsize_controller, t0, t1, dt0, kwargs["saveat"])
+    elif max_steps is None:
+        raise ValueError(
+            "`dt0` is the size of the steps and must be given with "
+            "`ConstantStepSize()`; got `dt0=None`."
+        )
+    if max_steps is None:
+        max_steps = bound
+    if max_steps is None and is_even:
+        raise ValueError(
+            "The number of steps must be known while tracing, but cannot be "
+            f"counted from t0={t0}, t1={t1}, dt0={dt0}. Give `max_steps=...`, at "
+            "least the number of steps, or step to given times with "
+            "`stepsize_controller=diffrax.StepTo(ts)`."
+        )
     # A solve that is resumed goes on counting.
-    is_counted = is_counted and kwargs["controller_state"] is None
-    if adjoint is None:
-        adjoint = CountedSteps(counts) if is_counted else ParallelAdjoint()
+    is_resumed = kwargs["controller_state"] is not None
+    is_enough = known is not None and known.num_steps <= (max_steps or 0)
+    if known is not None and is_enough and not is_resumed:
+        adjoint = CountedSteps(known)
+    elif adjoint is None:
+        adjoint = ParallelAdjoint()
     return diffrax.diffeqsolve(
         terms,
         solver,

@@ -19,8 +19,7 @@ from diffrax._integrate import State
 from diffrax._misc import linear_rescale
 from jaxtyping import Array, PyTree
 
-from ._counting import is_subsaveat
-from ._custom_types import StepCounts
+from ._counting import KnownSteps, is_subsaveat
 from ._discretisation import Grid, discretise, tracing_steps
 from ._implicit import solve_trajectory
 from ._misc import StateFlattener, count_true, leading_true, state_at
@@ -47,7 +46,7 @@ def even_steps(t0, first, t1, num_steps: int) -> Grid:
 
 
 def _controller_grid(
-    controller, state: State, t1, max_steps: int | None, is_counted: bool
+    controller, state: State, t1, max_steps: int | None, known: KnownSteps | None
 ) -> Grid:
     """The steps that `controller` would make, known without solving anything."""
     if isinstance(controller, diffrax.StepTo):
@@ -81,8 +80,8 @@ def _controller_grid(
     dtype = jnp.result_type(t1)
     first = jnp.minimum(state.tnext, t1)
     steps = jnp.arange(max_steps, dtype=jnp.int32)
-    if is_counted:
-        return even_steps(state.tprev, first, t1, max_steps)
+    if known is not None:
+        return even_steps(state.tprev, first, t1, known.num_steps)
     num_before, num_total, t_start, t_end = state.controller_state
     # As Diffrax does: no last step that is nothing but rounding.
     floor = jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)
@@ -178,11 +177,10 @@ def _all_steps(
     max_steps,
     progress_meter,
     guess,
-    is_counted,
-    counts,
+    known: KnownSteps | None,
 ) -> tuple[State, dict]:
     """What Diffrax's loop would end with, and the statistics of getting there."""
-    grid = _controller_grid(controller, state, t1, max_steps, is_counted)
+    grid = _controller_grid(controller, state, t1, max_steps, known)
     method = solver.method
     if guess is not None and guess.shape[0] > 0:
         predictor = Trajectory(jax.vmap(StateFlattener(state.y).unflatten)(guess))
@@ -200,7 +198,7 @@ def _all_steps(
     # How many steps Diffrax would have made, and why no more.
     result = state.result
     is_running = result == diffrax.RESULTS.successful
-    if not is_counted:
+    if known is None:
         is_running = is_running & (state.tprev < t1)
     num_steps = num_wanted = jnp.where(is_running, grid.num_active, 0)
     if steps.result is not None:
@@ -229,7 +227,9 @@ def _all_steps(
         result,
     )
     # Whether it is known while tracing that all steps are made.
-    are_all = is_counted and event is None and steps.result is None and method.fallback
+    are_all = (
+        known is not None and event is None and steps.result is None and method.fallback
+    )
     if are_all:
         num_steps, result = jnp.asarray(grid.num_steps, jnp.int32), state.result
 
@@ -256,7 +256,7 @@ def _all_steps(
     )
     subs, structure = jtu.tree_flatten(saveat.subs, is_leaf=is_subsaveat)
     saved = structure.flatten_up_to(state.save_state)
-    counts = counts or (None,) * len(subs)
+    counts = known.saved if known is not None else (None,) * len(subs)
     with tracing_steps():
         saved = [
             save(sub, count, buffers, solved, args)
@@ -335,12 +335,8 @@ _EVENT_FIELDS = (
 class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
     """All steps of Diffrax's loop at once."""
 
-    is_counted: eqx.AbstractClassVar[bool]
-    """Whether `max_steps` is exactly the number of steps."""
-    counts: eqx.AbstractVar[tuple[StepCounts | None, ...]]
-    """For each `SubSaveAt` after how many steps its `ts` are, where that is known; or
-    nothing at all.
-    """
+    known: eqx.AbstractVar[KnownSteps | None]
+    """The steps, if it is known while tracing that all of them are made."""
 
     def loop(
         self,
@@ -402,8 +398,7 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
                 max_steps=max_steps,
                 progress_meter=progress_meter,
                 guess=init_state.solver_state.ys if passed_solver_state else None,
-                is_counted=self.is_counted,
-                counts=self.counts,
+                known=self.known,
             )
             stats.update(new_stats)
             return state
@@ -455,15 +450,15 @@ class ParallelAdjoint(AbstractParallelAdjoint):
     through the loop over the steps.
     """
 
-    is_counted: ClassVar[bool] = False
-    counts: ClassVar[tuple[()]] = ()
+    known: ClassVar[None] = None
 
 
 class CountedSteps(AbstractParallelAdjoint):
-    """As [`deer_ode.ParallelAdjoint`][], where `max_steps` is exactly the number of
-    steps: nothing need be done for steps that may not be there, which is a tenth of the
-    time of a loop over cheap ones. What is saved where steps end is not interpolated.
+    """As [`deer_ode.ParallelAdjoint`][], for steps that are known.
+
+    Nothing need be done for steps that may not be there, which is a tenth of the time
+    of a loop over cheap ones, and `max_steps` may be larger. What is saved where steps
+    end is not interpolated.
     """
 
-    is_counted: ClassVar[bool] = True
-    counts: tuple[StepCounts | None, ...] = eqx.field(static=True, default=())
+    known: KnownSteps = eqx.field(static=True)

@@ -22,7 +22,7 @@ from deer_ode import (
     Window,
     diffeqsolve,
 )
-from deer_ode._counting import count_even_steps, saved_even_steps, saved_given_steps
+from deer_ode._counting import count_even_steps, count_steps
 from deer_ode._discretisation import Discretised
 
 from .helpers import (
@@ -193,14 +193,35 @@ def test_nothing_is_interpolated_where_steps_end(name, monkeypatch):
     assert_same_solution(run("a", **kwargs), expected)
 
 
+@pytest.mark.parametrize("kwargs", ({}, STEP_TO), ids=("even", "given"))
+def test_a_large_max_steps_is_padding_only(kwargs):
+    """Buffers are as long as Diffrax's, and no more steps are solved for."""
+    saveat = diffrax.SaveAt(t0=True, steps=True, dense=True, solver_state=True)
+    kwargs = dict(t0=0.0, t1=3.0, dt0=0.1, saveat=saveat, max_steps=1000) | kwargs
+    times = tuple(kwargs.pop(name) for name in ("t0", "t1", "dt0"))
+    on = (*times, Y0, lotka_volterra_args())
+    expected = diffrax.diffeqsolve(TERM, diffrax.Euler(), *on, **kwargs)
+    sol = diffeqsolve(TERM, DEER(diffrax.Euler()), *on, **kwargs)
+    num_steps = int(expected.stats["num_steps"])
+    assert sol.ys.shape == expected.ys.shape == (1001, 2)
+    assert_close(sol.ys[: num_steps + 1], expected.ys[: num_steps + 1], rounding())
+    assert bool(jnp.all(jnp.isinf(sol.ys[num_steps + 1 :])))
+    assert_close(sol.evaluate(0.47), expected.evaluate(0.47), rounding())
+    assert int(sol.stats["num_steps"]) == num_steps
+    assert int(sol.stats["max_steps"]) == 1000
+    assert sol.solver_state.ys.shape == (num_steps, 2)
+
+
 def test_times_of_steps():
     def even(ts, t0=0.0, t1=3.0, dt0=0.1, **kwargs):
+        controller = kwargs.get("stepsize_controller", diffrax.ConstantStepSize())
         saveat = diffrax.SaveAt(ts=jnp.asarray(ts))
-        return saved_even_steps(t0, t1, dt0, 30, saveat)[0]
+        bound, known = count_steps(controller, t0, t1, dt0, saveat)
+        assert known.num_steps == bound == (30 if dt0 else 6)
+        return known.saved[0]
 
     for ts, kwargs, counts in SAVED.values():
-        if kwargs is not STEP_TO:
-            assert even(ts, **kwargs) == counts
+        assert even(ts, **kwargs) == counts
     assert even(EVEN[3::3]) == range(3, 31, 3)
     assert even(EVEN[-1:]) == range(30, 31)
     # Worked out in another way, and rounded in another way.
@@ -209,8 +230,7 @@ def test_times_of_steps():
         assert even([EVEN[1] + units * np.spacing(3.0)]) == counts
     assert even([0.05]) is None
     for ts, counts in ((GIVEN[[1, 2, 5]], (1, 2, 5)), (GIVEN[1] + [1e-16], None)):
-        saveat = diffrax.SaveAt(ts=jnp.asarray(ts))
-        assert saved_given_steps(jnp.asarray(GIVEN), 0.0, 1.0, saveat) == (counts,)
+        assert even(ts, **STEP_TO) == counts
 
 
 def test_gradients_at_the_times_of_steps():
