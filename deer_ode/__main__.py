@@ -53,7 +53,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="explicit Runge-Kutta solver of Diffrax: heun, dopri5, ... [%(default)s]",
     )
     parser.add_argument(
-        "--out", default="system.png", help="the picture to write [%(default)s]"
+        "--out", default="two_body.png", help="the picture to write [%(default)s]"
     )
     parser.add_argument(
         "--seed", type=_integer(0), default=0, help="of the noise [%(default)s]"

@@ -20,8 +20,8 @@ class KnownSteps(NamedTuple):
 
     num_steps: int
     saved: tuple[StepCounts | None, ...]
-    """For each `SubSaveAt` after how many steps its `ts` are, where all of them are
-    ends of steps.
+    """For each `SubSaveAt` after how many steps its `ts` are, where they are the ends
+    of all steps, or of every so many.
     """
 
 
@@ -68,6 +68,8 @@ def count_even_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, b
         return None, False
     if not np.isfinite(t1 - t0) or not abs(dt0) > 0:
         return None, False
+    if not abs((t1 - t0) / dt0) < np.iinfo(np.int32).max:
+        return None, False
     num_steps = num_even_steps(t0, t1, dt0)
     if num_steps == 1 and (t1 - (t0 + dt0)) * np.sign(dt0) > 0:
         # Rounding leaves it short of `t1`, and Diffrax takes what is left for a second.
@@ -82,42 +84,52 @@ def count_even_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, b
 
 
 def count_steps(
-    controller: diffrax.AbstractStepSizeController, t0, t1, dt0, saveat: diffrax.SaveAt
+    controller: diffrax.AbstractStepSizeController,
+    t0,
+    t1,
+    dt0,
+    saveat: diffrax.SaveAt,
+    max_steps: int | None,
 ) -> tuple[int | None, KnownSteps | None]:
-    """At most how many steps there are, and which they are, as far as it is known."""
+    """At most how many steps there are, and which they are, as far as it is known.
+
+    If they are known, they are part of what a compiled program is for.
+    """
     dtype = time_dtype(t0, t1, dt0, saveat)
+    is_known, given = max_steps is None, None
     if isinstance(controller, diffrax.StepTo):
-        bound = controller.ts.shape[0] - 1
-        points = _given_points(controller.ts, t0, t1, dtype)
-        slack = 0.0
+        num_steps = controller.ts.shape[0] - 1
+        given = _static(controller.ts, dtype)
+        # Diffrax sees to it that they begin at `t0` and end at `t1`.
+        is_exact = given is not None and _is_monotonic(given)
+        is_known = True
     elif isinstance(controller, diffrax.ConstantStepSize):
-        bound, is_exact = count_even_steps(t0, t1, dt0, saveat)
-        points = _even_points(t0, t1, dt0, bound, dtype) if bound and is_exact else None
-        # Times that are worked out in another way differ by rounding, twice in either.
-        slack = 4 * _unit(t0, t1, dtype) if is_exact else 0.0
+        # Whoever gives `max_steps` and times in arrays may have one program for all.
+        is_known = is_known or all(type(t) in (int, float) for t in (t0, t1, dt0))
+        num_steps, is_exact = count_even_steps(t0, t1, dt0, saveat)
     else:
         return None, None
-    if points is None:
-        return bound, None
-    saved = tuple(_saved_at(points, ts, slack) for ts in _saved_times(saveat))
-    return bound, KnownSteps(len(points) - 1, saved)
+    if num_steps is None or not (is_known and is_exact):
+        return num_steps, None
+    if max_steps is not None and num_steps > max_steps:
+        return num_steps, None
+    times = [_static(ts, dtype) for ts in _saved_times(saveat)]
+    saved: tuple[StepCounts | None, ...] = (None,) * len(times)
+    if any(ts is not None and ts.size > 0 for ts in times):
+        points = given
+        if points is None:
+            points = _even_points(t0, t1, dt0, num_steps, dtype)
+        saved = tuple(_saved_after(points, ts, controller) for ts in times)
+    return num_steps, KnownSteps(num_steps, saved)
 
 
-def _unit(t0, t1, dtype) -> float:
-    return float(np.spacing(max(abs(dtype.type(t0)), abs(dtype.type(t1)))))
-
-
-def _given_points(ts, t0, t1, dtype) -> np.ndarray | None:
-    """Where `StepTo(ts)` is sure to make all steps."""
-    points, t0, t1 = (_static(t, dtype) for t in (ts, t0, t1))
-    if points is None or t0 is None or t1 is None:
-        return None
-    is_whole = points[0] == t0 and points[-1] == t1
-    steps = np.diff(points) * np.sign(t1 - t0)
-    return points if is_whole and np.all(steps > 0) else None
+def _is_monotonic(points: np.ndarray) -> bool:
+    steps = np.diff(points)
+    return bool(np.all(steps > 0) or np.all(steps < 0))
 
 
 def _even_points(t0, t1, dt0, num_steps: int, dtype) -> np.ndarray:
+    """Up to rounding, which XLA does in its own way."""
     t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
     points = t0 + (t1 - t0) * (np.arange(num_steps + 1) / num_steps).astype(dtype)
     if num_steps > 1:
@@ -126,19 +138,26 @@ def _even_points(t0, t1, dt0, num_steps: int, dtype) -> np.ndarray:
     return points
 
 
-def _saved_at(points: np.ndarray, ts, slack: float) -> StepCounts | None:
-    ts = _static(ts, points.dtype)
-    if ts is None or ts.size == 0:
+def _patterns(num_steps: int, num_saved: int) -> list[StepCounts]:
+    """The ends of all steps, or of every $k$-th, with `t0` or without."""
+    out = []
+    if num_saved > 1 and num_steps % (num_saved - 1) == 0:
+        out.append(range(0, num_steps + 1, num_steps // (num_saved - 1)))
+    if 0 < num_saved <= num_steps:
+        stride = num_steps // num_saved
+        out.append(range(stride, num_steps + 1, stride))
+    return [counts for counts in out if len(counts) == num_saved]
+
+
+def _saved_after(points: np.ndarray, ts, controller) -> StepCounts | None:
+    if ts is None:
         return None
-    direction = np.sign(points[-1] - points[0])
-    after = np.searchsorted(direction * points, direction * ts)
-    after = np.clip(after, 1, len(points) - 1)
-    before = after - 1
-    is_before = np.abs(points[before] - ts) < np.abs(points[after] - ts)
-    counts = np.where(is_before, before, after)
-    if not np.all(np.abs(points[counts] - ts) <= slack):
-        return None
-    first, *rest = counts.tolist()
-    stride = rest[0] - first if rest else 1
-    even = range(first, first + len(counts) * stride, stride) if stride > 0 else ()
-    return even if list(even) == [first, *rest] else (first, *rest)
+    for counts in _patterns(len(points) - 1, ts.size):
+        ends = points[counts.start :: counts.step]
+        slack = np.zeros_like(ends)
+        if isinstance(controller, diffrax.ConstantStepSize):
+            # Worked out in another way times differ by rounding, twice in either.
+            slack = 4 * np.spacing(np.maximum(abs(points[0]), np.abs(ends)))
+        if np.all(np.abs(ends - ts) <= slack):
+            return counts
+    return None

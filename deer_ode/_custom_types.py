@@ -27,5 +27,5 @@ of a state pass on), by their diagonals, or by their diagonal blocks.
 
 Mask: TypeAlias = Bool[Array, " steps"]
 
-StepCounts: TypeAlias = range | tuple[int, ...]
-"""Numbers of steps, known while tracing."""
+StepCounts: TypeAlias = range
+"""Numbers of steps, known while tracing, in ascending order."""

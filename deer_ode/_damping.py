@@ -203,7 +203,7 @@ def smooth(
     if is_rectangular(A, residual):
         # Only the last entries are damped; the others follow from those.
         tail_size = size[:, -A.shape[-1] :]
-        return from_tail(lambda A, r, *_: smooth(A, r, lam, tail_size), A, residual)
+        return from_tail(lambda A, r, **_: smooth(A, r, lam, tail_size), A, residual)
     if isinstance(A, Blocks):
         order = A.order
         assert order is not None

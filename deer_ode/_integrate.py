@@ -70,9 +70,9 @@ def diffeqsolve(
 
     - `max_steps` is the number of steps, counted from `t0`, `t1` and `dt0` (or from
         `StepTo(ts)`), so that `SaveAt(steps=True)` has no padding. A larger one costs
-        nothing but that padding. Where one of those times is not known while tracing
-        (under `jax.jit` or `jax.vmap` over times) give a bound, close to the number of
-        steps: all of it is solved for.
+        nothing but that padding where those times are Python's numbers. Where one of
+        them is not known while tracing (under `jax.jit` or `jax.vmap` over times) give
+        a bound, close to the number of steps: all of it is solved for.
     - `adjoint` is [`deer_ode.ParallelAdjoint`][], whose derivatives are exact.
 
     Beside Diffrax's terms there are [`deer_ode.DAETerm`][] and
@@ -144,7 +144,9 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
     bound, known = None, None
     is_even = isinstance(stepsize_controller, diffrax.ConstantStepSize)
     if not (is_even and dt0 is None):
-        bound, known = count_steps(stepsize_controller, t0, t1, dt0, kwargs["saveat"])
+        bound, known = count_steps(
+            stepsize_controller, t0, t1, dt0, kwargs["saveat"], max_steps
+        )
     elif max_steps is None:
         raise ValueError(
             "`dt0` is the size of the steps and must be given with "
@@ -161,11 +163,11 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
         )
     # A solve that is resumed goes on counting.
     is_resumed = kwargs["controller_state"] is not None
-    is_enough = known is not None and known.num_steps <= (max_steps or 0)
-    if known is not None and is_enough and not is_resumed:
-        adjoint = CountedSteps(known)
-    elif adjoint is None:
-        adjoint = ParallelAdjoint()
+    if adjoint is None:
+        if known is not None and not is_resumed:
+            adjoint = CountedSteps(known)
+        else:
+            adjoint = ParallelAdjoint()
     return diffrax.diffeqsolve(
         terms,
         solver,

@@ -104,6 +104,12 @@ def _controller_grid(
     return Grid(tprev, end_of(steps), tprev < t1)
 
 
+def _padded(states, max_steps: int | None):
+    """As many whatever is known of the steps, so that they fit the next solve."""
+    num_more = 0 if max_steps is None else max(max_steps - states.shape[0], 0)
+    return jnp.pad(states, ((0, num_more), (0, 0)), mode="edge")
+
+
 def _controller_state(controller, state: State, num_steps):
     """The controller's own count of steps, so many steps on."""
     if isinstance(controller, diffrax.StepTo):
@@ -183,6 +189,8 @@ def _all_steps(
     grid = _controller_grid(controller, state, t1, max_steps, known)
     method = solver.method
     if guess is not None and guess.shape[0] > 0:
+        # What it has for the padding of another solve is not needed.
+        guess = guess[: grid.num_steps]
         predictor = Trajectory(jax.vmap(StateFlattener(state.y).unflatten)(guess))
         method = method.start_from(predictor)
     meter_state = state.progress_meter_state
@@ -296,7 +304,7 @@ def _all_steps(
         tnext=tprev,
         made_jump=made_jump,
         solver_state=DEERState(
-            lax.stop_gradient(recurrence.states(solution.ys)),
+            lax.stop_gradient(_padded(recurrence.states(solution.ys), max_steps)),
             state.solver_state.num_newton_steps + solution.num_newton_steps,
         ),
         controller_state=_controller_state(controller, state, num_made),

@@ -10,7 +10,6 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from diffrax._integrate import SaveState
 from jaxtyping import Array, Bool, Int
 
@@ -41,14 +40,12 @@ class SolvedGrid(eqx.Module):
         return steps < self.num_steps
 
     def states_after(self, counts: StepCounts) -> Y:
-        """The states after so many steps, in ascending order: `y0` after none."""
+        """The states after so many steps: `y0` after none."""
         shift = 1 if counts[0] > 0 else 0
 
         def take(y0, ys):
             ys = ys if shift else jnp.concatenate([y0[None], ys])
-            if isinstance(counts, range):
-                return ys[counts.start - shift : counts.stop - shift : counts.step]
-            return ys[np.asarray(counts) - shift]
+            return ys[counts.start - shift : counts.stop - shift : counts.step]
 
         return jtu.tree_map(take, self.y0, self.ys)
 
@@ -90,12 +87,12 @@ def save(
     saves = []
     num_saved = num_reached = 0
     if ts is not None:
+        # Not used where `every` is zero and nothing is interpolated.
+        index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
         if counts is not None and solved.are_all_made:
-            index = jnp.maximum(jnp.asarray(counts, jnp.int32) - 1, 0)
             reached = jnp.ones(len(ts), bool)
             times, states = ts, solved.states_after(counts)
         else:
-            index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
             last = jnp.where(
                 num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf
             )
@@ -106,7 +103,9 @@ def save(
             states = solved.evaluate(times, index)
         values = save_at(times, states)
         num_saved = num_reached = count_true(reached)
-        positions = jnp.arange(len(ts), dtype=jnp.int32) + index // max(every, 1)
+        positions = jnp.arange(len(ts), dtype=jnp.int32)
+        if every != 0:
+            positions += index // every
         where = jnp.where(reached, offset + positions, out_size)
         saves.append((where, reached, times, values))
     if every != 0:

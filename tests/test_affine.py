@@ -10,7 +10,15 @@ from hypothesis import given, settings, strategies as st
 from jax.test_util import check_grads
 
 from deer_ode import affine_scan
-from deer_ode._affine import apply, kernel_scan, parallel_scan, sequential_scan
+from deer_ode._affine import (
+    apply,
+    kernel_scan,
+    parallel_scan,
+    parallel_scan_transposed,
+    sequential_scan,
+    sequential_scan_transposed,
+    with_first,
+)
 from deer_ode._blocks import Blocks
 
 from .helpers import assert_close, rounding, unchecked
@@ -79,6 +87,41 @@ def test_long_ones_in_chunks(kind, reverse, num_steps, monkeypatch):
     A, b = stack_of(kind, num_steps)
     expected = sequential_scan(A, b, reverse)
     assert_close(parallel_scan(A, b, reverse), expected, rounding())
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_beginnings_and_transposes_of_both_platforms(kind, reverse):
+    """What an accelerator does, against the loops of a CPU, and these against JAX."""
+    A, b = stack_of(kind, 7)
+    y0 = jr.normal(jr.key(2), b.shape[1:])
+    of = lambda b, y0: sequential_scan(A, b, reverse, y0)
+    ys, pull_back = jax.vjp(of, b, y0)
+    assert_close(
+        parallel_scan(A, with_first(A, b, y0, reverse), reverse), ys, rounding()
+    )
+    weights = jnp.cos(jnp.arange(b.size, dtype=b.dtype)).reshape(b.shape)
+    b_bar, y0_bar = pull_back(weights)
+    after = jr.normal(jr.key(3), y0.shape)
+    last = 0 if reverse else -1
+    more_b, more_y0 = pull_back(jnp.zeros_like(b).at[last].set(after))
+    for transposed in (sequential_scan_transposed, parallel_scan_transposed):
+        actual = transposed(A, weights, None, reverse)
+        assert_close(actual, (y0_bar, b_bar), rounding(), what=transposed.__name__)
+        actual = transposed(A, weights, after, reverse)
+        expected = (y0_bar + more_y0, b_bar + more_b)
+        assert_close(actual, expected, rounding(), what=transposed.__name__)
+
+
+def test_mixed_dtypes():
+    A, b, y0 = elements(jr.key(8), 4, 2, True)
+    expected = reference(A, b, y0)
+    with jax.numpy_dtype_promotion("standard"):
+        single = tuple(x.astype(jnp.float32) for x in (A, b, y0))
+        for inputs in ((single[0], b, y0), (A, single[1], y0), (A, b, single[2])):
+            ys = affine_scan(*inputs)
+            assert ys.dtype == jnp.float64
+            assert_close(ys, expected, rounding(jnp.float32))
 
 
 @pytest.mark.parametrize("num_steps", NUM_STEPS)

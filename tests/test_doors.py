@@ -23,7 +23,7 @@ from deer_ode import (
     diffeqsolve,
 )
 from deer_ode._counting import count_even_steps, count_steps
-from deer_ode._discretisation import Discretised
+from deer_ode._discretisation import Discretised, discretise
 
 from .helpers import (
     BY_DOOR,
@@ -171,10 +171,11 @@ STEP_TO = dict(t1=1.0, dt0=None, stepsize_controller=diffrax.StepTo(jnp.array(GI
 #: Times that are those of steps, what makes the steps, and how many come before each.
 SAVED = {
     "all": (EVEN, {}, range(31)),
-    "some": (EVEN[[0, 2, 7, 7, 30]], {}, (0, 2, 7, 7, 30)),
-    "and every fourth step": (EVEN[[2, 4, 5]], {"steps": 4}, (2, 4, 5)),
-    "backwards": (EVEN[:0:-1], dict(t0=3.0, t1=0.0, dt0=-0.1), range(30)),
-    "given": (GIVEN[1:], STEP_TO, range(1, 7)),
+    "every third": (EVEN[3::3], {}, range(3, 31, 3)),
+    # Some of these are above the ends of steps by rounding.
+    "and every fourth step": (EVEN[1:], {"steps": 4}, range(1, 31)),
+    "backwards": (EVEN[-2::-1], dict(t0=3.0, t1=0.0, dt0=-0.1), range(1, 31)),
+    "given": (GIVEN[2::2], STEP_TO, range(2, 7, 2)),
 }
 
 
@@ -194,43 +195,72 @@ def test_nothing_is_interpolated_where_steps_end(name, monkeypatch):
 
 
 @pytest.mark.parametrize("kwargs", ({}, STEP_TO), ids=("even", "given"))
-def test_a_large_max_steps_is_padding_only(kwargs):
+def test_a_large_max_steps_is_padding_only(kwargs, monkeypatch):
     """Buffers are as long as Diffrax's, and no more steps are solved for."""
     saveat = diffrax.SaveAt(t0=True, steps=True, dense=True, solver_state=True)
-    kwargs = dict(t0=0.0, t1=3.0, dt0=0.1, saveat=saveat, max_steps=1000) | kwargs
+    kwargs = dict(t0=0.0, t1=3.0, dt0=0.1, saveat=saveat, max_steps=100) | kwargs
     times = tuple(kwargs.pop(name) for name in ("t0", "t1", "dt0"))
     on = (*times, Y0, lotka_volterra_args())
+    solved_for = []
+
+    def record(solver, terms, grid, *args):
+        solved_for.append(grid.num_steps)
+        return discretise(solver, terms, grid, *args)
+
+    monkeypatch.setattr("deer_ode._parallel_adjoint.discretise", record)
     expected = diffrax.diffeqsolve(TERM, diffrax.Euler(), *on, **kwargs)
     sol = diffeqsolve(TERM, DEER(diffrax.Euler()), *on, **kwargs)
     num_steps = int(expected.stats["num_steps"])
-    assert sol.ys.shape == expected.ys.shape == (1001, 2)
+    assert solved_for == [num_steps]
+    assert sol.ys.shape == expected.ys.shape == (101, 2)
     assert_close(sol.ys[: num_steps + 1], expected.ys[: num_steps + 1], rounding())
     assert bool(jnp.all(jnp.isinf(sol.ys[num_steps + 1 :])))
     assert_close(sol.evaluate(0.47), expected.evaluate(0.47), rounding())
     assert int(sol.stats["num_steps"]) == num_steps
-    assert int(sol.stats["max_steps"]) == 1000
-    assert sol.solver_state.ys.shape == (num_steps, 2)
+    assert int(sol.stats["max_steps"]) == 100
+    # What it ends with fits other solves of that `max_steps`, as it did.
+    assert sol.solver_state.ys.shape == (100, 2)
+    if not kwargs.keys() >= STEP_TO.keys() - {"t1", "dt0"}:
+        more = diffeqsolve(
+            TERM, DEER(diffrax.Euler(), Newton()), 3.0, 7.0, 0.1, sol.ys[30], on[-1],
+            **kwargs, solver_state=sol.solver_state,
+        )  # fmt: skip
+        rest = diffrax.diffeqsolve(
+            TERM, diffrax.Euler(), 3.0, 7.0, 0.1, sol.ys[30], on[-1], **kwargs
+        )
+        assert_close(more.ys[:41], rest.ys[:41], rounding())
 
 
 def test_times_of_steps():
-    def even(ts, t0=0.0, t1=3.0, dt0=0.1, **kwargs):
+    def count(ts, max_steps=None, t0=0.0, t1=3.0, dt0=0.1, **kwargs):
         controller = kwargs.get("stepsize_controller", diffrax.ConstantStepSize())
         saveat = diffrax.SaveAt(ts=jnp.asarray(ts))
-        bound, known = count_steps(controller, t0, t1, dt0, saveat)
-        assert known.num_steps == bound == (30 if dt0 else 6)
+        return count_steps(controller, t0, t1, dt0, saveat, max_steps)
+
+    def saved(ts, **kwargs):
+        bound, known = count(ts, **kwargs)
+        assert known.num_steps == bound == (30 if kwargs.get("dt0", 0.1) else 6)
         return known.saved[0]
 
     for ts, kwargs, counts in SAVED.values():
-        assert even(ts, **kwargs) == counts
-    assert even(EVEN[3::3]) == range(3, 31, 3)
-    assert even(EVEN[-1:]) == range(30, 31)
+        if "steps" not in kwargs:
+            assert saved(ts, **kwargs) == counts
+    assert saved(EVEN[-1:]) == range(30, 31)
     # Worked out in another way, and rounded in another way.
-    assert even(np.minimum(np.cumsum(np.full(30, 0.1)), 3.0)) == range(1, 31)
-    for units, counts in ((4, range(1, 2)), (5, None), (-4, range(1, 2)), (-5, None)):
-        assert even([EVEN[1] + units * np.spacing(3.0)]) == counts
-    assert even([0.05]) is None
-    for ts, counts in ((GIVEN[[1, 2, 5]], (1, 2, 5)), (GIVEN[1] + [1e-16], None)):
-        assert even(ts, **STEP_TO) == counts
+    assert saved(np.minimum(np.cumsum(np.full(30, 0.1)), 3.0)) == range(1, 31)
+    ends, near = EVEN[10::10], np.array([0.0, 1.0, 0.0])
+    for units, counts in ((4, range(10, 31, 10)), (5, None), (-5, None)):
+        assert saved(ends + units * near * np.spacing(2.0)) == counts
+    for ts in ([0.05], EVEN[:-1], EVEN[[3, 7, 30]], EVEN[::-1], np.repeat(EVEN, 2)):
+        assert saved(ts) is None
+    assert saved(GIVEN[1:] + [0, 1e-16, 0, 0, 0, 0], **STEP_TO) is None
+    # Nothing is worked out for steps that there is no room for.
+    assert count(EVEN, t1=1e8, dt0=1e-1, max_steps=29) == (10**9, None)
+    assert count(EVEN, t1=1e300, max_steps=29) == (None, None)
+    # Times in arrays may be others in the next call of one program.
+    assert count(EVEN, t1=jnp.asarray(3.0), max_steps=40) == (30, None)
+    assert count(EVEN, t1=jnp.asarray(3.0))[1].num_steps == 30
+    assert count(EVEN, t1=3.0, max_steps=40)[1].num_steps == 30
 
 
 def test_gradients_at_the_times_of_steps():
@@ -432,7 +462,7 @@ def test_sequential_steps_are_counted_wherever_they_are():
     for max_steps in (400, 1000):
         sol = diffeqsolve(
             term, solver, 0.0, 400.0, 1.0, jnp.array(0.3), max_steps=max_steps,
-            saveat=diffrax.SaveAt(steps=True),
+            saveat=diffrax.SaveAt(steps=True), adjoint=ParallelAdjoint(),
         )  # fmt: skip
         before = jnp.concatenate([jnp.array([0.3]), sol.ys[:399]])
         np.testing.assert_allclose(sol.ys[:400], 4 * before * (1 - before), atol=1e-13)
@@ -446,8 +476,9 @@ def test_first_nonfinite_step(fallback):
     term = diffrax.ODETerm(lambda t, y, args: jnp.where(t == 20, jnp.inf, -y))
     solver = DEER(diffrax.Euler(), Newton(fallback=fallback))
     sol = diffeqsolve(
-        term, solver, 0.0, 50.0, 1.0, jnp.array(0.3), throw=False, max_steps=60
-    )
+        term, solver, 0.0, 50.0, 1.0, jnp.array(0.3), throw=False, max_steps=60,
+        adjoint=ParallelAdjoint(),
+    )  # fmt: skip
     assert int(sol.stats["first_nonfinite_step"]) == 20
     failed = diffrax.RESULTS.successful if fallback else diffrax.RESULTS.nonfinite
     assert sol.result == failed
