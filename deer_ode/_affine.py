@@ -64,9 +64,11 @@ def apply(A: Propagators, y: Array) -> Array:
 
 def _apply_one(A: Propagators, y: Array) -> Array:
     """`apply` of one step, in a loop: there XLA on CPU writes products of tiny matrices
-    out, and is quicker with them than with sums.
+    out, and is quicker with them than with sums; and products of large ones with a
+    vector are quicker than with a column.
     """
-    if _is_dense(A, y) and 1 < y.shape[-1] <= _TINY:
+    size = y.shape[-1]
+    if _is_dense(A, y) and (1 < size <= _TINY or size > _SMALL):
         return jnp.matmul(A, y, precision=lax.Precision.HIGHEST)
     return apply(A, y)
 

@@ -19,7 +19,7 @@ def pytest_addoption(parser):
     )
 
 
-#: Rows of tables that take half a minute each, and whose like a shorter row tests.
+#: Rows of tables that take from 15 to 45 seconds each; other rows test the like.
 SLOW_ROWS = (
     "test_equations.py::test_values_and_gradients[Obreshkov(3)-b]",
     "test_equations.py::test_values_and_gradients[RadauIIA(2)-b]",
@@ -30,6 +30,29 @@ SLOW_ROWS = (
     "test_solvers.py::test_values_and_gradients[Kvaerno3-c]",
     "test_solvers.py::test_values_and_gradients[Kvaerno5-c]",
     "test_solvers.py::test_values_and_gradients[Sil3-c]",
+    "test_solvers.py::test_values_and_gradients[KenCarp4-b]",
+    "test_solvers.py::test_values_and_gradients[Kvaerno5-b]",
+    "test_solvers.py::test_values_and_gradients[SPaRK-b]",
+    "test_solvers.py::test_values_and_gradients[ShARK-c]",
+    "test_solvers.py::test_values_and_gradients[Dopri8-b]",
+    "test_solvers.py::test_values_and_gradients[Dopri5-b]",
+    "test_solvers.py::test_values_and_gradients[ImplicitEuler-b]",
+    "test_solvers.py::test_values_and_gradients[ItoMilstein-b]",
+    "test_solvers.py::test_float32[Kvaerno3]",
+    "test_symplectic.py::test_parallel_agrees_with_stock[StormerVerlet]",
+    "test_symplectic.py::test_parallel_agrees_with_stock[BlanesMoan4]",
+    "test_sdes.py::test_gradients_equal_those_of_diffrax[ShARK]",
+    "test_sdes.py::test_same_path_as_diffrax[ShARK]",
+    "test_stiff.py::test_the_papers_field_on_few_points[None-300-5e-05]",
+    "test_neural_cde.py::test_loss_and_gradients[linear-raw]",
+    "test_neural_cde.py::test_loss_and_gradients[cubic-to_ode]",
+    "test_equations.py::test_controls_keep_the_order[3-cubic]",
+    "test_equations.py::test_float32[RadauIIA(2)]",
+    "test_doors.py::test_no_time_at_all[c]",
+    "test_doors.py::test_closed_over_parameters[c]",
+    "test_shooting.py::test_differential_equation[100-None]",
+    "test_shooting.py::test_differential_equation[123-Window(length=40)]",
+    "test_nn.py::test_padding_changes_nothing[strides]",
     "test_stiff.py::test_the_papers_field_on_few_points[solver2-100-0.01]",
     "test_exponential.py::test_parallel_is_sequential[Exprb43-pytree]",
     "test_exponential.py::test_parallel_is_sequential[Exprb43-stiff]",
