@@ -96,30 +96,30 @@ def count_steps(
     If they are known, they are part of what a compiled program is for.
     """
     dtype = time_dtype(t0, t1, dt0, saveat)
-    is_known, given = max_steps is None, None
     if isinstance(controller, diffrax.StepTo):
         num_steps = controller.ts.shape[0] - 1
-        given = _static(controller.ts, dtype)
+        points, units = _static(controller.ts, dtype), 0
         # Diffrax sees to it that they begin at `t0` and end at `t1`.
-        is_exact = given is not None and _is_monotonic(given)
-        is_known = True
+        is_exact = points is not None and _is_monotonic(points)
     elif isinstance(controller, diffrax.ConstantStepSize):
-        # Whoever gives `max_steps` and times in arrays may have one program for all.
-        is_known = is_known or all(type(t) in (int, float) for t in (t0, t1, dt0))
         num_steps, is_exact = count_even_steps(t0, t1, dt0, saveat)
+        # Times that are worked out in another way differ by rounding, twice in either.
+        points, units = None, 4
+        if max_steps is not None:
+            # Times in arrays may be others in the next call of one program.
+            is_exact = is_exact and all(type(t) in (int, float) for t in (t0, t1, dt0))
     else:
         return None, None
-    if num_steps is None or not (is_known and is_exact):
+    if num_steps is None or not is_exact:
         return num_steps, None
     if max_steps is not None and num_steps > max_steps:
         return num_steps, None
     times = [_static(ts, dtype) for ts in _saved_times(saveat)]
     saved: tuple[StepCounts | None, ...] = (None,) * len(times)
     if any(ts is not None and ts.size > 0 for ts in times):
-        points = given
         if points is None:
-            points = _even_points(t0, t1, dt0, num_steps, dtype)
-        saved = tuple(_saved_after(points, ts, controller) for ts in times)
+            points = _points_of_even_steps(t0, t1, dt0, num_steps, dtype)
+        saved = tuple(_saved_after(points, ts, units) for ts in times)
     return num_steps, KnownSteps(num_steps, saved)
 
 
@@ -128,7 +128,7 @@ def _is_monotonic(points: np.ndarray) -> bool:
     return bool(np.all(steps > 0) or np.all(steps < 0))
 
 
-def _even_points(t0, t1, dt0, num_steps: int, dtype) -> np.ndarray:
+def _points_of_even_steps(t0, t1, dt0, num_steps: int, dtype) -> np.ndarray:
     """Up to rounding, which XLA does in its own way."""
     t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
     points = t0 + (t1 - t0) * (np.arange(num_steps + 1) / num_steps).astype(dtype)
@@ -149,15 +149,13 @@ def _patterns(num_steps: int, num_saved: int) -> list[StepCounts]:
     return [counts for counts in out if len(counts) == num_saved]
 
 
-def _saved_after(points: np.ndarray, ts, controller) -> StepCounts | None:
+def _saved_after(points: np.ndarray, ts, units: int) -> StepCounts | None:
+    """After how many steps `ts` are, up to so many units of rounding."""
     if ts is None:
         return None
     for counts in _patterns(len(points) - 1, ts.size):
         ends = points[counts.start :: counts.step]
-        slack = np.zeros_like(ends)
-        if isinstance(controller, diffrax.ConstantStepSize):
-            # Worked out in another way times differ by rounding, twice in either.
-            slack = 4 * np.spacing(np.maximum(abs(points[0]), np.abs(ends)))
+        slack = units * np.spacing(np.maximum(abs(points[0]), np.abs(ends)))
         if np.all(np.abs(ends - ts) <= slack):
             return counts
     return None
