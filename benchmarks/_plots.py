@@ -9,8 +9,8 @@ _COLUMNS = 5
 
 def plot(rows: list[dict], path: pathlib.Path) -> bool:
     """Milliseconds by steps of one family on one device: a panel for each problem and
-    kind of work; dashed are the times with loops compiled whole. Whether there was
-    anything to draw: two numbers of steps at least.
+    kind of work, of those measured at two numbers of steps at least; dashed are the
+    times with loops compiled whole. Whether there was anything to draw.
     """
     # Not needed before, and not by those who only measure.
     import matplotlib
@@ -21,11 +21,15 @@ def plot(rows: list[dict], path: pathlib.Path) -> bool:
 
     first = rows[0]
     rows = [r for r in rows if (r["dtype"], r["batch"]) in _shown(rows, first)]
-    names = list(dict.fromkeys(row["name"] for row in rows))
+    steps = {row["name"]: set() for row in rows}
+    for row in rows:
+        steps[row["name"]].add(row["steps"])
+    names = [name for name in steps if len(steps[name]) > 1]
+    if not names:
+        return False
+    rows = [row for row in rows if row["name"] in names]
     works = list(dict.fromkeys(row["work"] for row in rows))
     programs = list(dict.fromkeys(name for row in rows for name in row["rivals"]))
-    if len({row["steps"] for row in rows}) < 2:
-        return False
     columns = min(_COLUMNS, len(names))
     lines = math.ceil(len(names) / columns)
     figure, axes = plt.subplots(
