@@ -75,8 +75,9 @@ def count_even_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, b
         # Rounding leaves it short of `t1`, and Diffrax takes what is left for a second.
         return 2, False
     # A step that ends within a hundred units of rounding of `t1` is the last one. The
-    # first one is `dt0` long, the others divide the interval.
-    units = 200 * max(np.spacing(abs(t0)), np.spacing(abs(t1)))
+    # first one is `dt0` long, the others divide the interval. Where one of them ends
+    # is rounded four times, on each side.
+    units = 110 * max(np.spacing(abs(t0)), np.spacing(abs(t1)))
     left = [abs(t1 - t0) / num_steps]
     if num_steps > 1:
         left.append(abs(t1 - t0) - abs(dt0))

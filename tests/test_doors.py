@@ -810,10 +810,39 @@ def test_the_steps_are_diffraxs(t0, t1, dt0, num_steps):
         (1e8, 1e8 + 1, 1 - 1e-9, (2, False)),
         (0.0, 0.0, 0.1, (1, False)),
         (0.0, np.inf, 0.1, (None, False)),
+        # Steps of 160 units of rounding of the last time, and of 80.
+        (*np.float32([0, 10, 10 / 2**16]), (2**16, True)),
+        (*np.float32([0, 10, 10 / 2**17]), (2**17, False)),
     ),
 )
 def test_which_steps_are_counted(t0, t1, dt0, expected):
     assert count_even_steps(t0, t1, dt0, diffrax.SaveAt(t1=True)) == expected
+
+
+def test_short_steps_that_are_counted_are_diffraxs():
+    """Of 90 to 150 units of rounding of the larger time, where Diffrax takes what it
+    makes to be the last one, or the one before it, by how long it is.
+    """
+    count = jax.jit(
+        lambda t0, t1, dt0: diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: -y),
+            diffrax.Euler(),
+            *(t0, t1, dt0, jnp.float32(1)),
+            max_steps=2**19,
+        ).stats["num_steps"]
+    )
+    random = np.random.default_rng(0)
+    are_counted = []
+    for _ in range(40):
+        t1 = np.float32(10 ** random.uniform(-2, 2))
+        t0 = np.float32(random.choice([0, -1, 0.6, 0.9]) * t1)
+        unit = np.spacing(np.maximum(abs(t0), abs(t1)))
+        dt0 = np.float32(random.uniform(90, 150) * unit)
+        num_steps, is_counted = count_even_steps(t0, t1, dt0, diffrax.SaveAt(t1=True))
+        are_counted.append(is_counted)
+        if is_counted:
+            assert int(count(t0, t1, dt0)) == num_steps
+    assert 10 < sum(are_counted) < 35
 
 
 def test_refusals():
