@@ -23,7 +23,7 @@ from ._costs import Way, cheapest_way
 from ._custom_types import Trajectory
 from ._linearisation import AbstractLinearisation
 from ._method import AbstractMethod, TrajectorySolution, sequential_solution
-from ._misc import by_platform, has_accelerator
+from ._misc import by_platform, has_accelerator, without_gradient
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
 from ._response import jvp_of_loop, response_in_turn, response_in_windows
 
@@ -134,3 +134,19 @@ def solve_trajectory(
         method.exact_linearisation, method.is_loop_on_cpu(recurrence)
     )
     return _solve(recurrence, run, derivatives)
+
+
+class _Known(eqx.Module):
+    ys: Trajectory
+
+    def __call__(self, recurrence: AbstractRecurrence) -> TrajectorySolution:
+        del recurrence
+        return sequential_solution(self.ys)
+
+
+def give_derivatives(
+    recurrence: AbstractRecurrence, ys: Trajectory, linearisation: AbstractLinearisation
+) -> Trajectory:
+    """`ys` as they are, differentiable as the trajectory of `recurrence`."""
+    known = _Known(without_gradient(ys))
+    return _solve(recurrence, known, _Derivatives(linearisation, False)).ys

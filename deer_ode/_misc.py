@@ -10,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact
+from jaxtyping import Array, Bool, Float, Inexact, PyTree
 
 from ._custom_types import Mask, State, Trajectory, Y
 
@@ -145,6 +145,13 @@ def is_reasonable(
         bound = jnp.maximum(bound, 2**10 * jnp.max(finite(largest), initial=0))
         bound = jnp.minimum(bound, most)
     return jnp.all(jnp.abs(ys) <= bound, axis=-1)
+
+
+def without_gradient(tree: PyTree) -> PyTree:
+    """`jax.lax.stop_gradient` of all that can have one."""
+    return jtu.tree_map(
+        lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, tree
+    )
 
 
 def has_accelerator() -> bool:

@@ -21,8 +21,15 @@ from jaxtyping import Array, PyTree
 
 from ._counting import KnownSteps, is_subsaveat
 from ._discretisation import Grid, discretise, tracing_steps
-from ._implicit import solve_trajectory
-from ._misc import StateFlattener, count_true, leading_true, state_at
+from ._implicit import give_derivatives, solve_trajectory
+from ._misc import (
+    StateFlattener,
+    count_true,
+    hold_last_good,
+    leading_true,
+    state_at,
+    without_gradient,
+)
 from ._predictor import Trajectory
 from ._saving import SolvedGrid, save, set_where
 from ._solver import DEER, DEERState
@@ -198,10 +205,29 @@ def _all_steps(
     if shows_progress:
         method = method.report_to(_RunningMeter(progress_meter, meter_state))
     discretised = discretise(solver.solver, terms, grid, state.y, args)
+    had_event = jnp.zeros(grid.num_steps, bool)
+    if event is None:
+        solution = solve_trajectory(discretised.recurrence, method)
+        found = trajectory = solution.ys
+    else:
+        # First without derivatives, to see how far the solve goes: what comes after an
+        # event may be as wild as it likes, and its derivatives with it.
+        solution = solve_trajectory(without_gradient(discretised.recurrence), method)
+        found = solution.ys
+        values, masks, had_event = without_gradient(
+            _first_event(
+                event, state, grid, discretised.states(found), args, event_kwargs
+            )
+        )
+        discretised = discretised.until(leading_true(~had_event) + 1)
+        trajectory = give_derivatives(
+            discretised.recurrence,
+            hold_last_good(discretised.recurrence.y0, found, discretised.grid.active),
+            method.exact_linearisation,
+        )
     recurrence = discretised.recurrence
-    solution = solve_trajectory(recurrence, method)
-    ys = discretised.states(solution.ys)
-    steps = discretised.take_steps(solution.ys)
+    ys = discretised.states(trajectory)
+    steps = discretised.take_steps(trajectory)
 
     # How many steps Diffrax would have made, and why no more.
     result = state.result
@@ -211,16 +237,15 @@ def _all_steps(
     num_steps = num_wanted = jnp.where(is_running, grid.num_active, 0)
     if steps.result is not None:
         failed = steps.result != diffrax.RESULTS.successful
-        num_steps = jnp.minimum(num_steps, leading_true(~(failed & grid.active)) + 1)
+        num_steps = jnp.minimum(
+            num_steps, leading_true(~(failed & discretised.grid.active)) + 1
+        )
         last = jnp.maximum(num_steps - 1, 0)
         result = diffrax.RESULTS.where(
             num_steps > 0, jtu.tree_map(lambda x: x[last], steps.result), result
         )
     event_fields = {}
     if event is not None:
-        values, masks, had_event = _first_event(
-            event, state, grid, ys, args, event_kwargs
-        )
         num_until_event = leading_true(~had_event) + 1
         is_event = num_until_event <= num_steps
         num_steps = jnp.minimum(num_steps, num_until_event)
@@ -259,7 +284,7 @@ def _all_steps(
         num_steps,
         state.y,
         ys,
-        lambda ts, index: discretised.evaluate(solution.ys, steps, ts, index),
+        lambda ts, index: discretised.evaluate(trajectory, steps, ts, index),
         are_all,
     )
     subs, structure = jtu.tree_flatten(saveat.subs, is_leaf=is_subsaveat)
@@ -296,7 +321,7 @@ def _all_steps(
         y=recurrence.flattener.unflatten(
             state_at(
                 recurrence.flattener.flatten(state.y),
-                recurrence.states(solution.ys),
+                recurrence.states(trajectory),
                 num_steps,
             )
         ),
@@ -304,7 +329,7 @@ def _all_steps(
         tnext=tprev,
         made_jump=made_jump,
         solver_state=DEERState(
-            lax.stop_gradient(_padded(recurrence.states(solution.ys), max_steps)),
+            lax.stop_gradient(_padded(recurrence.states(found), max_steps)),
             state.solver_state.num_newton_steps + solution.num_newton_steps,
         ),
         controller_state=_controller_state(controller, state, num_made),

@@ -24,6 +24,11 @@ class Grid(eqx.Module):
     def num_active(self) -> Int[Array, ""]:
         return jnp.sum(self.active, dtype=jnp.int32)
 
+    def until(self, num_steps: Int[Array, ""]) -> "Grid":
+        """The same, of which the first `num_steps` steps at most are made."""
+        steps = jnp.arange(self.num_steps, dtype=jnp.int32)
+        return Grid(self.tprev, self.tnext, self.active & (steps < num_steps))
+
     @classmethod
     def from_points(cls, ts: Float[Array, " points"]) -> "Grid":
         """A grid without padding through all of `ts`."""

@@ -25,6 +25,13 @@ class Discretised(NamedTuple):
     y0: Y
     args: Args
 
+    def until(self, num_steps: Int[Array, ""]) -> "Discretised":
+        """The same with all that comes after the first `num_steps` steps as padding,
+        which harms no derivative.
+        """
+        recurrence = self.recurrence.until(num_steps)
+        return self._replace(recurrence=recurrence, grid=self.grid.until(num_steps))
+
     def states(self, ys: Trajectory) -> Y:
         """The solution after each step, as the user has it."""
         unflatten = self.recurrence.flattener.unflatten

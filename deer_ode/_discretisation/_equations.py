@@ -20,7 +20,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._affine import apply
 from .._custom_types import Args, Mask, State, Trajectory, Y
@@ -136,6 +136,9 @@ class AbstractEquationRecurrence(AbstractRecurrence):
     def part(self, start, length, y0):
         grid = cut(self.grid, start, length)
         return eqx.tree_at(lambda r: (r.y0, r.grid), self, (y0, grid))
+
+    def until(self, num_steps: Int[Array, ""]) -> "AbstractEquationRecurrence":
+        return eqx.tree_at(lambda r: r.grid, self, self.grid.until(num_steps))
 
     @abc.abstractmethod
     def defects(self, ys: Trajectory) -> Trajectory:

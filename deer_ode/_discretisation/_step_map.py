@@ -15,12 +15,18 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equinox import _errors as _equinox_errors
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._blocks import connected
 from .._custom_types import Args, Mask, State, Trajectory, Y
 from .._dependence import dependence
-from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
+from .._misc import (
+    StateFlattener,
+    hold_last_good,
+    is_reasonable,
+    previous_states,
+    without_gradient,
+)
 from .._recurrence import AbstractMapRecurrence
 from ._base import Grid
 from ._explicit_rk import explicit_rk_step, is_explicit_rk
@@ -233,11 +239,7 @@ class StepMap(AbstractMapRecurrence):
         Jacobian will do there.
         """
         starts = previous_states(self.y0, ys)
-        constant = jtu.tree_map(
-            lambda x: lax.stop_gradient(x) if eqx.is_inexact_array(x) else x,
-            (self.f, starts, self.xs),
-        )
-        f, constant_starts, constant_xs = constant
+        f, constant_starts, constant_xs = without_gradient((self.f, starts, self.xs))
         values = jax.vmap(f)(constant_starts, constant_xs)
         fine = jnp.all(jnp.isfinite(values), axis=-1)
         y, x = self.harmless
@@ -257,6 +259,9 @@ class StepMap(AbstractMapRecurrence):
             jnp.concatenate([grid.active, jnp.zeros(count, bool)]),
         )
         return eqx.tree_at(lambda r: r.xs.grid, padded, grid)
+
+    def until(self, num_steps: Int[Array, ""]) -> "StepMap":
+        return eqx.tree_at(lambda r: r.xs.grid, self, self.xs.grid.until(num_steps))
 
     def tracing(self):
         return tracing_steps()
