@@ -377,6 +377,32 @@ def test_what_comes_after_an_event_does_no_harm(door):
         assert_same_solution(run(door, method=method, **kwargs), expected)
 
 
+@pytest.mark.parametrize("method", (None, Newton(), Newton(fallback=False)), ids=str)
+@pytest.mark.parametrize("root_finder", (None, optx.Newton(1e-9, 1e-9)))
+def test_derivatives_with_an_event_before_what_is_not_a_number(root_finder, method):
+    """After the event the field is NaN, and at zero its derivative is infinite."""
+    cond_fn = lambda t, y, args, **kw: y - 0.2 if root_finder else y < 0.2
+    kwargs = dict(
+        term=diffrax.ODETerm(lambda t, y, args: -jnp.sqrt(y) - args),
+        y0=jnp.array(1.0), t1=3.0, event=diffrax.Event(cond_fn, root_finder),
+        saveat=diffrax.SaveAt(ts=[0.3, 0.6, 2.0], t1=True),
+    )  # fmt: skip
+
+    def total(args, door, **extra):
+        ys = run(door, args=args, **extra, **kwargs).ys
+        return jnp.sum(jnp.where(jnp.isfinite(ys), ys, 0))
+
+    args = jnp.array(0.3)
+    expected = jax.grad(lambda args: total(args, None))(args)
+    extra = {} if method is None else dict(method=method)
+    reverse = jax.grad(lambda args: total(args, "b", **extra))(args)
+    forward = jax.jacfwd(lambda args: total(args, "b", **extra))(args)
+    assert abs(expected) > 0.1
+    # Beside rounding, the tolerance of the root finder.
+    np.testing.assert_allclose(reverse, expected, rtol=1e-8)
+    np.testing.assert_allclose(forward, expected, rtol=1e-8)
+
+
 def test_steady_state_without_an_end():
     """t1 = inf: only an event ends it."""
     event = diffrax.Event(diffrax.steady_state_event(1e-3, 1e-3, optx.rms_norm))
