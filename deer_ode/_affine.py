@@ -326,7 +326,10 @@ def affine_scan(
     on accelerators in $O(\log T)$ depth (and loops over chunks, if $T$ is more than a
     few thousand) and $O(T n^3)$ work for dense $A_i$, $O(T n)$ for diagonal ones; on a
     CPU, where it is faster, in one pass of $O(T n^2)$ work. Both give the same answer
-    up to rounding. All products are taken at full precision of the dtype.
+    up to rounding, as long as products of consecutive $A_i$ are finite, which the
+    former forms: two thousand factors of 2 overflow in single precision, and give NaN
+    even where the states are zero. All products are taken at full precision of the
+    dtype.
 
     Derivatives of any order, forward and reverse, with respect to `A`, `b` and `y0`
     cost one more such scan each; nothing but the answer is stored for them.

@@ -39,6 +39,7 @@ class _Derivatives(eqx.Module):
     linearisation: AbstractLinearisation
     """Exact, whatever the iteration may use."""
     is_loop_on_cpu: bool = eqx.field(static=True)
+    fallback: bool = eqx.field(static=True)
 
 
 def _batch_first(ys: Trajectory) -> Trajectory:
@@ -75,7 +76,9 @@ def _solve_jvp(primals, tangents):
         way = cheapest_way(recurrence, exact, derivatives.is_loop_on_cpu)
     if way is Way.THROUGH_THE_LOOP:
         ys, t_ys = jvp_of_loop(recurrence, t_recurrence)
-        solution = sequential_solution(_batch_first(ys))
+        solution = sequential_solution(
+            _batch_first(ys), only_finite=not derivatives.fallback
+        )
     else:
         # By the rule's own function, so that higher derivatives come here again.
         solution = _solve(recurrence, run, derivatives)
@@ -131,7 +134,9 @@ def solve_trajectory(
     run = eqx.filter_closure_convert(method.solve, recurrence)
     # What the forward pass uses may be cheaper; a derivative needs all of it.
     derivatives = _Derivatives(
-        method.exact_linearisation, method.is_loop_on_cpu(recurrence)
+        method.exact_linearisation,
+        method.is_loop_on_cpu(recurrence),
+        method.fallback,
     )
     return _solve(recurrence, run, derivatives)
 
@@ -149,4 +154,4 @@ def give_derivatives(
 ) -> Trajectory:
     """`ys` as they are, differentiable as the trajectory of `recurrence`."""
     known = _Known(without_gradient(ys))
-    return _solve(recurrence, known, _Derivatives(linearisation, False)).ys
+    return _solve(recurrence, known, _Derivatives(linearisation, False, True)).ys

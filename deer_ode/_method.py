@@ -114,30 +114,38 @@ class AbstractMethod(eqx.Module):
         )
 
 
-def solve_sequentially(recurrence: AbstractRecurrence) -> TrajectorySolution:
+def solve_sequentially(
+    recurrence: AbstractRecurrence, *, only_finite: bool = False
+) -> TrajectorySolution:
     """One step after the other."""
     if recurrence.num_steps == 0:
-        return sequential_solution(
-            jnp.zeros((0, *recurrence.y0.shape), recurrence.y0.dtype)
-        )
-    return sequential_solution(recurrence.loop())
+        ys = jnp.zeros((0, *recurrence.y0.shape), recurrence.y0.dtype)
+    else:
+        ys = recurrence.loop()
+    return sequential_solution(ys, only_finite=only_finite)
 
 
-def sequential_solution(ys: Trajectory) -> TrajectorySolution:
-    """`ys` were found one after the other."""
+def sequential_solution(
+    ys: Trajectory, *, only_finite: bool = False
+) -> TrajectorySolution:
+    """`ys` were found one after the other. If `only_finite`, steps are good up to the
+    first one to a state that is not finite.
+    """
     count = jnp.asarray(ys.shape[0], jnp.int32)
     none = jnp.zeros_like(count)
+    nonfinite = first_nonfinite_step(ys)
+    is_stuck = only_finite & (nonfinite >= 0)
     zero = jnp.zeros((), ys.dtype)
     return TrajectorySolution(
         ys=ys,
-        num_good_steps=count,
+        num_good_steps=jnp.where(is_stuck, nonfinite, count),
         num_newton_steps=none,
         num_windows=none,
         in_turn=jnp.ones(ys.shape[0], bool),
         residual=zero,
         damping=zero,
-        first_nonfinite_step=first_nonfinite_step(ys),
-        is_stuck=jnp.asarray(False),
+        first_nonfinite_step=nonfinite,
+        is_stuck=is_stuck,
     )
 
 

@@ -172,3 +172,29 @@ def test_methods_of_parts_that_are_none(name):
 def test_auto_of_what_is_no_method():
     with pytest.raises(ValueError, match=r"`Auto\(newton\)` must be .*got 3\."):
         unchecked(Auto.__check_init__)(_fake(Auto(), newton=3))
+
+
+def test_a_loop_without_a_finish_tells_of_what_is_not_finite():
+    """y' = y^2 from 1 is infinite at t = 1."""
+
+    def final(args, method):
+        return diffeqsolve(
+            diffrax.ODETerm(lambda t, y, args: args * y**2),
+            DEER(diffrax.Tsit5(), method=method),
+            0.0, 2.0, 0.05, jnp.array(1.0), args, throw=False,
+        )  # fmt: skip
+
+    honest = Auto(Newton(fallback=False))
+    solution = final(jnp.array(1.0), honest)
+    assert solution.result == diffrax.RESULTS.nonfinite
+    step = int(solution.stats["first_nonfinite_step"])
+    assert step > 10 and int(solution.stats["num_steps"]) == step
+    # Under differentiation as well, whichever way that goes.
+    one = jnp.array(1.0)
+    state_and_result = lambda args: (
+        (solution := final(args, honest)).ys, solution.result
+    )  # fmt: skip
+    _, _, result = jax.jvp(state_and_result, (one,), (one,), has_aux=True)
+    assert result == diffrax.RESULTS.nonfinite
+    # Diffrax's own loop goes on, and so does what promises the same.
+    assert final(jnp.array(1.0), Auto()).result == diffrax.RESULTS.successful
