@@ -84,6 +84,33 @@ def count_even_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, b
     return num_steps, bool(min(left) > units)
 
 
+def bound_resumed_steps(
+    state: tuple, t0, t1, dt0, saveat: diffrax.SaveAt
+) -> int | None:
+    """At most how many steps a solve makes that goes on from the `controller_state` of
+    another with `ConstantStepSize`; `None` where that is not static. Steps after the
+    first are as long as those of the solve before, whatever `dt0` is now.
+    """
+    dtype = time_dtype(t0, t1, dt0, saveat)
+    t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
+    num_before, num_total, begin, end = (_static(x, np.float64) for x in state)
+    if any(x is None for x in (t0, t1, dt0, num_before, num_total, begin, end)):
+        return None
+    if t0 == t1 or num_total == 0:
+        return 1 if t0 == t1 else None
+    # Its times are counted forwards, as Diffrax has them.
+    direction = 1 if t0 < t1 else -1
+    first, last = direction * (t0 + dt0), direction * t1
+    if num_total < 0:
+        more = (last - first) / end
+    else:
+        more = num_total * (last - begin) / (end - begin) - num_before
+    if not 0 <= more < np.iinfo(np.int32).max:
+        return 1 if more < 0 else None
+    # One for the first, and one that rounding may leave.
+    return int(np.ceil(more)) + 2
+
+
 def count_steps(
     controller: diffrax.AbstractStepSizeController,
     t0,

@@ -1,17 +1,20 @@
 """`diffeqsolve`: Diffrax's, with the grid counted and solved in parallel."""
 
-from typing import Any
+from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, PyTree
 
-from ._counting import count_steps
+from ._counting import bound_resumed_steps, count_steps
 from ._custom_types import Args, Y
 from ._discretisation import AbstractImplicitTerm, consistent_initial_values
 from ._parallel_adjoint import CountedSteps, ParallelAdjoint
 from ._solver import DEER
+
+
+_DIFFRAX_MAX_STEPS = 4096
 
 
 def _solve_implicit(term: AbstractImplicitTerm, t0, y0: Y, args: Args, throw, solve):
@@ -53,7 +56,7 @@ def diffeqsolve(
     ),
     adjoint: diffrax.AbstractAdjoint | None = None,
     event: diffrax.Event | None = None,
-    max_steps: int | None = None,
+    max_steps: int | None | Literal["counted"] = "counted",
     throw: bool = True,
     progress_meter: diffrax.AbstractProgressMeter = diffrax.NoProgressMeter(),
     solver_state: PyTree[ArrayLike] | None = None,
@@ -72,7 +75,8 @@ def diffeqsolve(
         `StepTo(ts)`), so that `SaveAt(steps=True)` has no padding. A larger one costs
         nothing but that padding where those times are Python's numbers. Where one of
         them is not known while tracing (under `jax.jit` or `jax.vmap` over times) give
-        a bound, close to the number of steps: all of it is solved for.
+        a bound, close to the number of steps: all of it is solved for. `None`, no
+        bound in Diffrax, is the same as not to give it.
     - `adjoint` is [`deer_ode.ParallelAdjoint`][], whose derivatives are exact.
 
     Beside Diffrax's terms there are [`deer_ode.DAETerm`][] and
@@ -83,7 +87,8 @@ def diffeqsolve(
     initial state that contradicts itself is an error.
 
     Anything else goes to Diffrax as it is: another solver, `DEER` with `num_substeps`,
-    or an adjoint that is given.
+    or an adjoint that is given. Steps are not counted there, so that `max_steps` is
+    Diffrax's own default of 4096 unless it is given.
 
     **Arguments:** as `diffrax.diffeqsolve`. Times share the units of `t0`; the vector
     field is in units of the state per unit of time.
@@ -139,14 +144,24 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
     if not is_parallel:
         if adjoint is not None:
             kwargs["adjoint"] = adjoint
-        kwargs["max_steps"] = 4096 if max_steps is None else max_steps
+        kwargs["max_steps"] = (
+            _DIFFRAX_MAX_STEPS if max_steps == "counted" else max_steps
+        )
         return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, args, **kwargs)
+    if max_steps == "counted":
+        max_steps = None
+    # A solve that is resumed goes on counting.
+    state = kwargs["controller_state"]
     bound, known = None, None
     is_even = isinstance(stepsize_controller, diffrax.ConstantStepSize)
     if not (is_even and dt0 is None):
         bound, known = count_steps(
             stepsize_controller, t0, t1, dt0, kwargs["saveat"], max_steps
         )
+        if state is not None:
+            known = None
+            if is_even:
+                bound = bound_resumed_steps(state, t0, t1, dt0, kwargs["saveat"])
     elif max_steps is None:
         raise ValueError(
             "`dt0` is the size of the steps and must be given with "
@@ -155,19 +170,15 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
     if max_steps is None:
         max_steps = bound
     if max_steps is None and is_even:
+        resumed = "" if state is None else f", controller_state={state}"
         raise ValueError(
             "The number of steps must be known while tracing, but cannot be "
-            f"counted from t0={t0}, t1={t1}, dt0={dt0}. Give `max_steps=...`, at "
-            "least the number of steps, or step to given times with "
+            f"counted from t0={t0}, t1={t1}, dt0={dt0}{resumed}. Give `max_steps=...`, "
+            "at least the number of steps, or step to given times with "
             "`stepsize_controller=diffrax.StepTo(ts)`."
         )
-    # A solve that is resumed goes on counting.
-    is_resumed = kwargs["controller_state"] is not None
     if adjoint is None:
-        if known is not None and not is_resumed:
-            adjoint = CountedSteps(known)
-        else:
-            adjoint = ParallelAdjoint()
+        adjoint = ParallelAdjoint() if known is None else CountedSteps(known)
     return diffrax.diffeqsolve(
         terms,
         solver,

@@ -669,6 +669,64 @@ def test_controller_state_goes_on(door):
 
 
 @pytest.mark.parametrize(
+    "first, second",
+    (
+        pytest.param(
+            dict(t1=1.5, dt0=0.1), dict(t0=1.5, t1=3.0, dt0=0.3), marks=pytest.mark.slow
+        ),
+        # Steps of 0.1875 after one of 0.5, and one that rounding leaves.
+        (dict(t1=1.5, dt0=0.2), dict(t0=1.5, t1=3.5, dt0=0.5)),
+        pytest.param(
+            dict(t0=3.0, t1=1.5, dt0=-0.2),
+            dict(t0=1.5, t1=0.0, dt0=-0.4),
+            marks=pytest.mark.slow,
+        ),
+        # Past the end at once; and no time at all.
+        pytest.param(
+            dict(t1=1.5, dt0=0.2),
+            dict(t0=1.5, t1=1.75, dt0=0.5),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(t1=1.5, dt0=0.2), dict(t0=1.5, t1=1.5, dt0=0.5), marks=pytest.mark.slow
+        ),
+    ),
+)
+def test_steps_of_a_resumed_solve_are_counted(first, second):
+    """They are as long as those of the solve before, not `dt0`."""
+    kept = diffrax.SaveAt(steps=True, controller_state=True)
+    state = run("a", saveat=kept, **first).controller_state
+    kwargs = dict(controller_state=state, saveat=kept)
+    sol = run("a", **second, **kwargs)
+    stock = run(None, **second, **kwargs, max_steps=30)
+    assert_same_solution(sol, stock)
+    assert sol.stats["max_steps"] <= int(stock.stats["num_steps"]) + 2
+
+
+def test_a_resumed_solve_that_cannot_be_counted():
+    state = run("a", saveat=diffrax.SaveAt(t1=True, controller_state=True))
+    with pytest.raises(ValueError, match="cannot be counted.*controller_state"):
+        jax.jit(lambda state: run("a", t0=3.0, t1=4.0, controller_state=state).ys)(
+            state.controller_state
+        )
+
+
+def test_without_a_bound_on_steps():
+    """`None` is no bound, in what Diffrax solves as well; its default is one."""
+
+    def solve(solver, **kwargs):
+        return diffeqsolve(
+            TERM, solver, 0.0, 0.5, 1e-4, Y0, lotka_volterra_args(), **kwargs
+        )
+
+    stock = solve(diffrax.Euler(), max_steps=None)
+    assert int(stock.stats["num_steps"]) == 5000
+    assert_close(solve(DEER(diffrax.Euler()), max_steps=None).ys, stock.ys, rounding())
+    refused = solve(diffrax.Euler(), throw=False)
+    assert refused.result == diffrax.RESULTS.max_steps_reached
+
+
+@pytest.mark.parametrize(
     "guess", (Constant(), Trajectory(jnp.full((30, 2), 3.0))), ids=("constant", "own")
 )
 def test_guesses(guess):
