@@ -38,6 +38,7 @@ from ._linearisation import (
     Diagonal as Diagonal,
     Exact as Exact,
     PairedDiagonal as PairedDiagonal,
+    SharedJacobian as SharedJacobian,
 )
 from ._method import AbstractMethod as AbstractMethod, Sequential as Sequential
 from ._newton import Newton as Newton

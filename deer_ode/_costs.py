@@ -12,6 +12,7 @@ import jax
 import jax.tree_util as jtu
 
 from ._linearisation import AbstractLinearisation, Dense
+from ._misc import num_operations
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
 
 
@@ -61,8 +62,7 @@ def _work_of_jacobian(recurrence: AbstractMapRecurrence) -> float:
     one = jax.ShapeDtypeStruct(y0.shape, y0.dtype)
     x = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
     with recurrence.tracing():
-        costs = jax.jit(tangent).lower(one, one, x).cost_analysis()
-    return y0.size * (costs or {}).get("flops", 0.0)
+        return y0.size * num_operations(tangent, one, one, x)
 
 
 def _bytes_kept(recurrence: AbstractMapRecurrence) -> int:

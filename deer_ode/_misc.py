@@ -169,3 +169,12 @@ def by_platform(cpu: Callable[[], Any], elsewhere: Callable[[], Any]) -> Any:
     if not has_accelerator():
         return cpu()
     return lax.platform_dependent(cpu=cpu, default=elsewhere)
+
+
+def num_operations(f: Callable, *args: PyTree) -> float:
+    """How many floating-point operations `f(*args)` takes, by XLA's own count. Arrays
+    may be given by their shapes.
+    """
+    return (jax.jit(lambda *args: f(*args)).lower(*args).cost_analysis() or {}).get(
+        "flops", 0.0
+    )

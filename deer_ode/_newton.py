@@ -25,7 +25,7 @@ from jaxtyping import Array
 from ._affine import scan_steps
 from ._custom_types import State, Trajectory
 from ._damping import AbstractDamping, Undamped
-from ._linearisation import AbstractLinearisation, Dense, Exact
+from ._linearisation import AbstractLinearisation, Dense, Exact, SharedJacobian
 from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
 from ._misc import (
     ROUNDING_UNITS,
@@ -87,7 +87,7 @@ class Newton(AbstractMethod):
         equations with given error bounds*, for the acceptance test.
     """
 
-    linearisation: AbstractLinearisation = Exact()
+    linearisation: AbstractLinearisation = SharedJacobian()
     guess: AbstractPredictor = Coarse()  # pyright: ignore
     rtol: float | None = None
     atol: float | None = None
@@ -139,6 +139,8 @@ class Newton(AbstractMethod):
 
     @property
     def exact_linearisation(self):
+        if isinstance(self.linearisation, SharedJacobian):
+            return self.linearisation.exact
         is_exact = isinstance(self.linearisation, Dense | Exact)
         return self.linearisation if is_exact else Exact()
 
@@ -155,13 +157,20 @@ class Newton(AbstractMethod):
         if recurrence.num_steps == 0 or recurrence.y0.shape[0] == 0:
             return solve_sequentially(recurrence)
         # What there is to find out about the steps is found out once.
-        chosen = recurrence.choose(self.linearisation)
+        recurrence, chosen = self._choose(recurrence)
         method = dataclasses.replace(self, linearisation=chosen)
         elsewhere = lambda: method._run(recurrence, method._plan(recurrence, False))
         if is_cpu is False:
             return elsewhere()
         on_cpu = lambda: method._run_each(recurrence, method._plan(recurrence, True))
         return by_platform(cpu=on_cpu, elsewhere=elsewhere)
+
+    def _choose(self, recurrence) -> tuple[AbstractRecurrence, AbstractLinearisation]:
+        """What is iterated on, and how it is linearised."""
+        chosen = recurrence.choose(self.linearisation)
+        if isinstance(self.linearisation, SharedJacobian) and isinstance(chosen, Dense):
+            recurrence = recurrence.simplified()
+        return recurrence, chosen
 
     def _plan(self, recurrence, is_cpu) -> tuple[int, tuple[int, ...] | None]:
         """How many steps are taken as one, and the windows in units of these."""
@@ -250,7 +259,7 @@ class Newton(AbstractMethod):
     ) -> March:
         """Windows of given lengths; or all steps at once, `newton_max_steps` times."""
         num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
-        linearisation = recurrence.choose(self.linearisation)
+        recurrence, linearisation = self._choose(recurrence)
         is_patient = lengths is None
         lengths = (num_steps,) if is_patient else lengths
         linearisation.check_size(lengths[0], state_size, recurrence.y0.dtype)
@@ -340,8 +349,9 @@ class Newton(AbstractMethod):
 
 Newton.__init__.__doc__ = """**Arguments:**
 
-- `linearisation`: which Jacobian to use: by default [`deer_ode.Exact`][], all of it
-    without the zeros that it is bound to have.
+- `linearisation`: which Jacobian to use: by default [`deer_ode.SharedJacobian`][], one
+    of the field for all stages of a step where that is less work, and elsewhere
+    [`deer_ode.Exact`][], all of it without the zeros that it is bound to have.
 - `guess`: the initial trajectory: [`deer_ode.Coarse`][], [`deer_ode.Constant`][] or
     [`deer_ode.Trajectory`][].
 - `rtol`, `atol`: tolerances for the residual of a step, relative and in units of the

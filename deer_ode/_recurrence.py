@@ -108,6 +108,10 @@ class AbstractRecurrence(eqx.Module):
     def choose(self, linearisation: AbstractLinearisation) -> AbstractLinearisation:
         """What `linearisation` comes to for the steps of this recurrence."""
 
+    def simplified(self) -> "AbstractRecurrence":
+        """The same steps, for an iteration: derivatives may be cheaper ones."""
+        return self
+
     @abc.abstractmethod
     def linearise(
         self, ys: Trajectory, linearisation: AbstractLinearisation

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._affine import apply
 from .._custom_types import Args, Mask, State, Trajectory, Y
 from .._implicit import solve_trajectory
-from .._linearisation import Dense, Exact
+from .._linearisation import Dense, Exact, SharedJacobian
 from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._newton import Newton
 from .._predictor import Coarse, Constant
@@ -182,7 +182,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return self.from_states(jax.vmap(self.flattener.flatten)(ys))
 
     def choose(self, linearisation):
-        if isinstance(linearisation, Exact):
+        if isinstance(linearisation, Exact | SharedJacobian):
             return Dense(linearisation.max_bytes)
         if not isinstance(linearisation, Dense):
             raise ValueError(

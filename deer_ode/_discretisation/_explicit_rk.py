@@ -1,12 +1,19 @@
 """One step of an explicit Runge--Kutta method, its stages written out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
+import equinox as eqx
+import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, Float
 
-from .._custom_types import Args, Y
+from .._affine import apply
+from .._custom_types import Args, State, Y
+from .._misc import finite
 
 
 def _weighted_sum(weights, ks):
@@ -67,3 +74,57 @@ def explicit_rk_step(
         y_error = jtu.tree_map(jnp.zeros_like, y0)
     k = jtu.tree_map(lambda *x: jnp.stack(x), *ks)
     return y1, y_error, dict(y0=y0, y1=y1, k=k)
+
+
+# Of the exponential's series. What is left out is of the order of what one Jacobian in
+# the middle of a step leaves out anyway, and a third power is cheap.
+_DEGREE = 3
+
+# What it takes to make a Jacobian an array of its own, per entry. Derivatives through
+# cheap stages are one kernel with the rest: with one Jacobian for all, iterations took
+# 1.0 to 1.5 times as long on Lotka--Volterra, a rigid body and Henon--Heiles, and 0.4
+# to 0.8 times as long on networks of 2 to 16 states.
+_WORK_OF_ENTRY = 50
+
+
+def half_way(terms, t0, t1, y: Y, args: Args) -> Y:
+    """The field in the middle of a step, times its length."""
+    return terms.vf_prod(t0 + (t1 - t0) / 2, y, args, terms.contr(t0, t1))
+
+
+@jax.custom_jvp
+def _with_exponential(y: State, value: State, hJ: Float[Array, "state state"]) -> State:
+    """`value`, whose derivative in `y` is the exponential of `hJ`, nearly."""
+    del y, hJ
+    return value
+
+
+@_with_exponential.defjvp
+def _with_exponential_jvp(primals, tangents):
+    _, value, hJ = primals
+    tangent, *_ = tangents
+    out = tangent
+    for k in range(_DEGREE, 0, -1):
+        out = tangent + apply(hJ, out) / k
+    return value, out
+
+
+class SimplifiedStep(eqx.Module):
+    """A step that is differentiated by one Jacobian of the field for all stages."""
+
+    step: Callable[[State, Any], State]
+    half_way: Callable[[State, Any], State]
+    """`(y, x)`: the field in the middle of the step `x`, times its length."""
+
+    def __call__(self, y: State, x: Any) -> State:
+        y0 = lax.stop_gradient(y)
+        y1 = self.step(y0, x)
+        hJ = jax.jacfwd(lambda middle: self.half_way(middle, x))((y0 + y1) / 2)
+        # Any finite matrix will do where there is no derivative.
+        return _with_exponential(y, *lax.stop_gradient((y1, finite(hJ))))
+
+
+def is_simplification(num_stages: int, work_of_field: float, state_size: int) -> bool:
+    """Whether that is less work, for a field of so many operations."""
+    saved = (num_stages - 1) * state_size * work_of_field
+    return saved > 2 * _DEGREE * state_size**3 + _WORK_OF_ENTRY * state_size**2

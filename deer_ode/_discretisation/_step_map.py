@@ -24,12 +24,19 @@ from .._misc import (
     StateFlattener,
     hold_last_good,
     is_reasonable,
+    num_operations,
     previous_states,
     without_gradient,
 )
 from .._recurrence import AbstractMapRecurrence
 from ._base import Grid
-from ._explicit_rk import explicit_rk_step, is_explicit_rk
+from ._explicit_rk import (
+    SimplifiedStep,
+    explicit_rk_step,
+    half_way,
+    is_explicit_rk,
+    is_simplification,
+)
 from ._increments import Draw, record_draw
 
 
@@ -166,6 +173,9 @@ class StepMap(AbstractMapRecurrence):
     xs: StepInputs
     draw: Draw
     interpolate: Callable[..., State]
+    half_way: Callable[[State, StepInputs], State] | None
+    """The field in the middle of a step, times its length, for explicit ones."""
+    num_stages: int = eqx.field(static=True)
     flattener: StateFlattener
     harmless: tuple[State, StepInputs]
     """A state and a step from it that can be differentiated: the first one."""
@@ -188,6 +198,14 @@ class StepMap(AbstractMapRecurrence):
             y1, _, _, _ = step_with(terms_now, select(y, flat_y0), x.grid)
             return select(flattener.flatten(y1), y)
 
+        def half_way_through(y, x):
+            select = lambda a, b: jnp.where(x.grid.active, a, b)
+            t0, t1 = times_of(x.grid, first)
+            terms_now = draw.use(terms, x.increments)
+            y = flattener.unflatten(select(y, flat_y0))
+            change = flattener.flatten(half_way(terms_now, t0, t1, y, args))
+            return select(change, jnp.zeros_like(change))
+
         def interpolate(y, x, t):
             terms_now = draw.use(terms, x.increments)
             t0, t1 = x.grid.tprev, x.grid.tnext
@@ -206,6 +224,10 @@ class StepMap(AbstractMapRecurrence):
             self.interpolate = eqx.filter_closure_convert(
                 interpolate, flat_y0, x, first.tnext
             )
+            self.half_way, self.num_stages = None, 1
+            if is_explicit_rk(solver):
+                self.half_way = eqx.filter_closure_convert(half_way_through, flat_y0, x)
+                self.num_stages = solver.tableau.num_stages  # pyright: ignore
         self.y0 = flat_y0
         self.harmless = (flat_y0, x)
         self.is_explicit = is_explicit_rk(solver)
@@ -265,6 +287,17 @@ class StepMap(AbstractMapRecurrence):
 
     def tracing(self):
         return tracing_steps()
+
+    def simplified(self):
+        if self.half_way is None:
+            return self
+        one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+        y0 = jax.ShapeDtypeStruct(self.y0.shape, self.y0.dtype)
+        with self.tracing():
+            work = num_operations(self.half_way, y0, jtu.tree_map(one, self.xs))
+        if not is_simplification(self.num_stages, work, self.y0.shape[0]):
+            return self
+        return eqx.tree_at(lambda r: r.f, self, SimplifiedStep(self.f, self.half_way))
 
     # Rules of derivatives are traced where they are used: errors in them as well.
     def evaluate(self, ys):

@@ -1,0 +1,169 @@
+"""One Jacobian of the field for all stages of a step: what stands for the derivative,
+where it is used, and that it changes no answer and no gradient.
+"""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from deer_ode import DEER, Dense, Exact, Newton, SharedJacobian, diffeqsolve
+from deer_ode._discretisation import Grid, discretise
+
+from .helpers import assert_close, lotka_volterra, lotka_volterra_args, rounding
+
+
+SIZE = 3
+
+
+def weights(dtype=jnp.float64, gain=2.0):
+    keys = jr.split(jr.key(0), 2)
+    first = gain * jr.normal(keys[0], (24, SIZE)) / SIZE**0.5
+    second = gain * jr.normal(keys[1], (SIZE, 24)) / 24**0.5
+    return first.astype(dtype), second.astype(dtype)
+
+
+def field(t, y, args):
+    first, second = args
+    return second @ jnp.tanh(first @ y + jnp.sin(3 * t)[None])
+
+
+def start(dtype=jnp.float64):
+    return jnp.array([0.5, -0.3, 0.1], dtype)
+
+
+def steps_of(
+    h, term=diffrax.ODETerm(field), solver=diffrax.Tsit5(), y0=None, args=None
+):
+    """The recurrence of three steps of length `h`, the last of them padding."""
+    ends = h * jnp.arange(1.0, 4.0)
+    grid = Grid(ends - h, ends, jnp.array([True, True, False]))
+    y0 = start() if y0 is None else y0
+    args = weights() if args is None else args
+    return discretise(solver, term, grid, y0, args).recurrence
+
+
+def jacobians(recurrence):
+    ys = recurrence.y0[None] + jnp.linspace(0.0, 0.4, 3)[:, None]
+    return recurrence.jacobians(ys, Dense())
+
+
+def test_it_is_the_jacobian_up_to_the_third_power():
+    steps = np.array([0.08, 0.04, 0.02, 0.01])
+    errors = []
+    for h in steps:
+        recurrence = steps_of(h)
+        values, A = jacobians(recurrence)
+        same_values, simplified = jacobians(recurrence.simplified())
+        np.testing.assert_array_equal(np.asarray(values), np.asarray(same_values))
+        # Padding does nothing, and its derivative is that of nothing.
+        np.testing.assert_array_equal(np.asarray(simplified[2]), np.eye(SIZE))
+        errors.append(float(jnp.max(jnp.abs(A - simplified))))
+    slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    # The next power is not negligible for the longest of them.
+    assert 2.9 < slope < 3.2
+
+
+def test_of_a_linear_field_it_is_the_series():
+    """Tsit5 has the exponential's series up to its fifth power."""
+    matrix = jr.normal(jr.key(1), (SIZE, SIZE))
+    linear = lambda t, y, args: sum([args[0] @ y for _ in range(20)]) / 20
+    h = 0.1
+    _, A = jacobians(steps_of(h, diffrax.ODETerm(linear), args=(matrix,)).simplified())
+    hJ = h * matrix
+    series = jnp.eye(SIZE) + hJ @ (jnp.eye(SIZE) + hJ / 2 @ (jnp.eye(SIZE) + hJ / 3))
+    assert_close(A[0], series, rounding())
+
+
+def test_where_it_is_used():
+    """Where it is less work, by objects and not by times."""
+    is_simplified = lambda recurrence: recurrence.simplified() is not recurrence
+    assert is_simplified(steps_of(0.1))
+    cheap = diffrax.ODETerm(lotka_volterra)
+    args = lotka_volterra_args()
+    assert not is_simplified(steps_of(0.1, cheap, y0=start()[:2], args=args))
+    # An exponential of this size is more work than the field.
+    wide = diffrax.ODETerm(lambda t, y, args: jnp.sin(y) + jnp.roll(y, 1))
+    assert not is_simplified(steps_of(0.1, wide, y0=jnp.zeros(60)))
+    # One stage has nothing to share, and an implicit method solves for its own.
+    assert not is_simplified(steps_of(0.1, solver=diffrax.Euler()))
+    implicit = diffrax.ImplicitEuler(diffrax.VeryChord(rtol=1e-8, atol=1e-8))
+    assert not is_simplified(steps_of(0.1, solver=implicit))
+    # Asked for the exact Jacobian, Newton's method uses that.
+    recurrence = steps_of(0.1)
+    for linearisation in (Exact(), Dense()):
+        march = Newton(linearisation).march(recurrence)
+        assert march.recurrence is recurrence
+    assert Newton().march(recurrence).recurrence is not recurrence
+
+
+def solve(solver, args, dt=0.05, term=diffrax.ODETerm(field), t1=6.0, y0=None):
+    ts = jnp.linspace(0.0, t1, 7).astype(args[0].dtype)
+    y0 = start(args[0].dtype) if y0 is None else y0
+    run = diffrax.diffeqsolve if type(solver) is diffrax.Tsit5 else diffeqsolve
+    return run(term, solver, 0.0, t1, dt, y0, args, saveat=diffrax.SaveAt(ts=ts))
+
+
+@pytest.mark.parametrize("chunk", (1, 4))
+def test_answers_and_gradients_are_the_same(chunk):
+    def loss(solver):
+        return jax.value_and_grad(lambda args: jnp.sum(solve(solver, args).ys ** 2))
+
+    args = weights()
+    expected = loss(diffrax.Tsit5())(args)
+    for linearisation in (SharedJacobian(), Dense()):
+        solver = DEER(diffrax.Tsit5(), Newton(linearisation, chunk=chunk))
+        assert_close(loss(solver)(args), expected, rounding())
+
+
+def test_float32():
+    args = weights(jnp.float32)
+    expected = solve(diffrax.Tsit5(), args).ys
+    actual = solve(DEER(diffrax.Tsit5(), Newton()), args)
+    assert_close(actual.ys, expected, rounding(jnp.float32))
+    assert int(actual.stats["num_fallback_steps"]) == 0
+
+
+@pytest.mark.parametrize("dt", (0.5, 0.05, 0.01))
+def test_as_many_iterations(dt):
+    """Where steps are long, up to half as many again; nothing is finished in turn."""
+    args, counts = weights(), []
+    for linearisation in (SharedJacobian(), Dense()):
+        sol = solve(DEER(diffrax.Tsit5(), Newton(linearisation)), args, dt)
+        assert int(sol.stats["num_fallback_steps"]) == 0
+        counts.append(int(sol.stats["num_newton_steps"]))
+    shared, exact = counts
+    assert shared <= (exact if dt < 0.02 else 1.5 * exact) + 1
+
+
+def test_a_field_that_overflows_on_the_way():
+    """What is no number in the middle of a trial step reaches no answer."""
+
+    def wild(t, y, args):
+        return field(t, y, args) - jnp.exp(jnp.minimum(y**4, 200.0)) * y**3
+
+    term, args = diffrax.ODETerm(wild), weights()
+    expected = solve(diffrax.Tsit5(), args, term=term)
+    actual = solve(DEER(diffrax.Tsit5(), Newton()), args, term=term)
+    assert_close(actual.ys, expected.ys, rounding())
+
+
+def test_a_stochastic_equation():
+    """The noise is part of what is linearised."""
+    path = diffrax.VirtualBrownianTree(0.0, 6.0, 1e-3, (), jr.key(3))
+    noise = diffrax.ControlTerm(lambda t, y, args: 0.1 * jnp.cos(y), path)
+    term = diffrax.MultiTerm(diffrax.ODETerm(field), noise)
+    args = weights()
+    recurrence = steps_of(0.1, term, diffrax.Heun())
+    _, A = jacobians(recurrence)
+    _, simplified = jacobians(recurrence.simplified())
+    assert recurrence.simplified() is not recurrence
+    plain = jacobians(steps_of(0.1).simplified())[1]
+    assert_close(simplified, A, 0.03)
+    assert float(jnp.max(jnp.abs(plain - simplified))) > 0.01
+    sol = solve(DEER(diffrax.Heun(), Newton()), args, term=term)
+    expected = solve(DEER(diffrax.Heun(), Newton(Dense())), args, term=term)
+    assert_close(sol.ys, expected.ys, rounding())
+    assert int(sol.stats["num_fallback_steps"]) == 0
