@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from ._custom_types import Trajectory as TrajectoryArray
 from ._diagnosis import Diagnosis, Findings, bin_ends, recommend
 from ._growth import largest_growth, log_growth
-from ._linearisation import Dense, Exact, SharedJacobian
+from ._linearisation import Dense, Exact
 from ._misc import ROUNDING_UNITS, is_reasonable
 from ._newton import Newton
 from ._problem import Problem, find_problem
@@ -64,7 +64,7 @@ def _iterate(newton: Newton, recurrence: AbstractRecurrence, progress: Progress)
     # As if no step were known: the errors of all are to be seen.
     nothing = jnp.asarray(0, jnp.int32)
     updated = march.update(
-        recurrence, progress.ys, progress.largest, progress.damping, nothing
+        march.recurrence, progress.ys, progress.largest, progress.damping, nothing
     )
     progress = march.advance(progress, updated, 0, recurrence.num_steps)
     return progress, _largest_in_bins(updated.error)
@@ -302,7 +302,7 @@ def _report(problem: Problem, run: _Run) -> Diagnosis:
         end_error=end_error,
         most_growth=_most_growth(problem),
         is_equation=problem.unit == "time",
-        is_exact=isinstance(newton.linearisation, Dense | Exact | SharedJacobian),
+        is_exact=isinstance(newton.linearisation, Dense | Exact),
         has_own_tolerance=newton.rtol is not None or newton.atol is not None,
         other_solution_from=run.other_solution_from,
         too_large_from=(

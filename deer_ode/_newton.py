@@ -87,7 +87,7 @@ class Newton(AbstractMethod):
         equations with given error bounds*, for the acceptance test.
     """
 
-    linearisation: AbstractLinearisation = SharedJacobian()
+    linearisation: AbstractLinearisation = Exact()
     guess: AbstractPredictor = Coarse()  # pyright: ignore
     rtol: float | None = None
     atol: float | None = None
@@ -349,9 +349,8 @@ class Newton(AbstractMethod):
 
 Newton.__init__.__doc__ = """**Arguments:**
 
-- `linearisation`: which Jacobian to use: by default [`deer_ode.SharedJacobian`][], one
-    of the field for all stages of a step where that is less work, and elsewhere
-    [`deer_ode.Exact`][], all of it without the zeros that it is bound to have.
+- `linearisation`: which Jacobian to use: by default [`deer_ode.Exact`][], all of it
+    without the zeros that it is bound to have.
 - `guess`: the initial trajectory: [`deer_ode.Coarse`][], [`deer_ode.Constant`][] or
     [`deer_ode.Trajectory`][].
 - `rtol`, `atol`: tolerances for the residual of a step, relative and in units of the

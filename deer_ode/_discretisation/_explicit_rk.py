@@ -84,7 +84,7 @@ _DEGREE = 3
 # cheap stages are one kernel with the rest: with one Jacobian for all, iterations took
 # 1.0 to 1.5 times as long on Lotka--Volterra, a rigid body and Henon--Heiles, and 0.4
 # to 0.8 times as long on networks of 2 to 16 states.
-_WORK_OF_ENTRY = 50
+_WORK_OF_ENTRY = 200
 
 
 def half_way(terms, t0, t1, y: Y, args: Args) -> Y:
