@@ -167,14 +167,19 @@ def test_a_batch_through_the_loop(monkeypatch, loops):
     ),
 )
 def test_where_loops_are_compiled_whole(flags, is_through, monkeypatch, loops):
-    """It is cheap steps through whose loop derivatives are taken."""
+    """It is cheap steps through whose loop derivatives are taken, or few."""
     monkeypatch.setenv("XLA_FLAGS", flags)
     inputs = tanh_network(NUM_STEPS, gain=0.9)
     assert_close(gradient(scan)(*inputs), gradient(lax.scan)(*inputs), rounding())
     assert bool(loops) is is_through
     loops.clear()
     inputs = tanh_network(NUM_STEPS, gain=0.9, size=24)
-    assert_close(gradient(scan)(*inputs), gradient(lax.scan)(*inputs), rounding())
+    expected = gradient(lax.scan)(*inputs)
+    assert_close(gradient(scan)(*inputs), expected, rounding())
+    assert bool(loops) is is_through
+    loops.clear()
+    monkeypatch.setattr("deer_ode._costs._FEW_STEPS", NUM_STEPS - 1)
+    assert_close(gradient(scan)(*inputs), expected, rounding())
     assert loops == []
 
 
