@@ -66,7 +66,7 @@ def _work_of_jacobian(recurrence: AbstractMapRecurrence) -> float:
     one = jax.ShapeDtypeStruct(y0.shape, y0.dtype)
     x = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
     with recurrence.tracing():
-        return y0.size * num_operations(tangent, one, one, x)
+        return y0.size * (num_operations(tangent, one, one, x) or 0.0)
 
 
 def _bytes_kept(recurrence: AbstractMapRecurrence) -> int:

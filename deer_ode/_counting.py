@@ -84,31 +84,35 @@ def count_even_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, b
     return num_steps, bool(min(left) > units)
 
 
-def bound_resumed_steps(
+def count_resumed_steps(
     state: tuple, t0, t1, dt0, saveat: diffrax.SaveAt
 ) -> int | None:
-    """At most how many steps a solve makes that goes on from the `controller_state` of
-    another with `ConstantStepSize`; `None` where that is not static. Steps after the
-    first are as long as those of the solve before, whatever `dt0` is now.
+    """How many steps a solve makes that goes on from the `controller_state` of another
+    with `ConstantStepSize`, up to rounding; `None` where that is not static.
+
+    The first step is `dt0` long. Those after it end where the grid of the solve before
+    would have its ends if it went on.
     """
     dtype = time_dtype(t0, t1, dt0, saveat)
     t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
     num_before, num_total, begin, end = (_static(x, np.float64) for x in state)
     if any(x is None for x in (t0, t1, dt0, num_before, num_total, begin, end)):
         return None
-    if t0 == t1 or num_total == 0:
-        return 1 if t0 == t1 else None
     # Its times are counted forwards, as Diffrax has them.
     direction = 1 if t0 < t1 else -1
     first, last = direction * (t0 + dt0), direction * t1
+    if t0 == t1 or first >= last:
+        return 1
+    if num_total == 0:
+        return None
+    # What ends within a hundred units of rounding of `t1` is the last one; a few less,
+    # since one step too many does no harm.
+    last = np.float64(last) - 50 * max(np.spacing(abs(t0)), np.spacing(abs(t1)))
     if num_total < 0:
         more = (last - first) / end
     else:
         more = num_total * (last - begin) / (end - begin) - num_before
-    if not 0 <= more < np.iinfo(np.int32).max:
-        return 1 if more < 0 else None
-    # One for the first, and one that rounding may leave.
-    return int(np.ceil(more)) + 2
+    return 1 + max(1, int(np.ceil(more))) if more < np.iinfo(np.int32).max else None
 
 
 def count_steps(

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from ._custom_types import Trajectory as TrajectoryArray
 from ._diagnosis import Diagnosis, Findings, bin_ends, recommend
 from ._growth import largest_growth, log_growth
-from ._linearisation import Dense, Exact
+from ._linearisation import Dense, Exact, SharedJacobian
 from ._misc import ROUNDING_UNITS, is_reasonable
 from ._newton import Newton
 from ._problem import Problem, find_problem
@@ -124,6 +124,14 @@ def _perturbation(problem: Problem, answer: TrajectoryArray) -> np.ndarray | Non
     if not exact.fits(answer.shape[0], answer.shape[1], answer.dtype):
         return None
     return np.asarray(log_growth(recurrence, exact, answer), np.float64)
+
+
+def _is_exact(problem: Problem) -> bool:
+    """Whether the iteration used all of the Jacobian, and the exact one."""
+    newton = problem.newton
+    if isinstance(newton.linearisation, SharedJacobian):
+        return newton.choose(problem.recurrence)[0] is problem.recurrence
+    return isinstance(newton.linearisation, Dense | Exact)
 
 
 def _first(mask: np.ndarray) -> int | None:
@@ -302,7 +310,7 @@ def _report(problem: Problem, run: _Run) -> Diagnosis:
         end_error=end_error,
         most_growth=_most_growth(problem),
         is_equation=problem.unit == "time",
-        is_exact=isinstance(newton.linearisation, Dense | Exact),
+        is_exact=_is_exact(problem),
         has_own_tolerance=newton.rtol is not None or newton.atol is not None,
         other_solution_from=run.other_solution_from,
         too_large_from=(

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import ArrayLike, PyTree
 
-from ._counting import bound_resumed_steps, count_steps
+from ._counting import count_resumed_steps, count_steps
 from ._custom_types import Args, Y
 from ._discretisation import AbstractImplicitTerm, consistent_initial_values
 from ._parallel_adjoint import CountedSteps, ParallelAdjoint
@@ -76,7 +76,10 @@ def diffeqsolve(
         nothing but that padding where those times are Python's numbers. Where one of
         them is not known while tracing (under `jax.jit` or `jax.vmap` over times) give
         a bound, close to the number of steps: all of it is solved for. `None`, no
-        bound in Diffrax, is the same as not to give it.
+        bound in Diffrax, is the same as not to give it. A solve that goes on from the
+        `controller_state` of another makes steps of that one's length, by which they
+        are counted, if it is known while tracing; where it is not they are counted by
+        `dt0`, and `max_steps_reached` says if they are more.
     - `adjoint` is [`deer_ode.ParallelAdjoint`][], whose derivatives are exact.
 
     Beside Diffrax's terms there are [`deer_ode.DAETerm`][] and
@@ -136,6 +139,11 @@ def diffeqsolve(
 
 def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
     stepsize_controller = kwargs["stepsize_controller"]
+    if isinstance(max_steps, str) and max_steps != "counted":
+        raise ValueError(
+            "`max_steps` must be a number of steps, `None` for no bound, or "
+            f"'counted'; got {max_steps!r}."
+        )
     is_parallel = (
         type(solver) is DEER
         and solver.num_substeps is None
@@ -161,7 +169,8 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
         if state is not None:
             known = None
             if is_even:
-                bound = bound_resumed_steps(state, t0, t1, dt0, kwargs["saveat"])
+                counted = count_resumed_steps(state, t0, t1, dt0, kwargs["saveat"])
+                bound = bound if counted is None else counted
     elif max_steps is None:
         raise ValueError(
             "`dt0` is the size of the steps and must be given with "
@@ -170,10 +179,9 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
     if max_steps is None:
         max_steps = bound
     if max_steps is None and is_even:
-        resumed = "" if state is None else f", controller_state={state}"
         raise ValueError(
             "The number of steps must be known while tracing, but cannot be "
-            f"counted from t0={t0}, t1={t1}, dt0={dt0}{resumed}. Give `max_steps=...`, "
+            f"counted from t0={t0}, t1={t1}, dt0={dt0}. Give `max_steps=...`, "
             "at least the number of steps, or step to given times with "
             "`stepsize_controller=diffrax.StepTo(ts)`."
         )

@@ -171,10 +171,9 @@ def by_platform(cpu: Callable[[], Any], elsewhere: Callable[[], Any]) -> Any:
     return lax.platform_dependent(cpu=cpu, default=elsewhere)
 
 
-def num_operations(f: Callable, *args: PyTree) -> float:
-    """How many floating-point operations `f(*args)` takes, by XLA's own count. Arrays
-    may be given by their shapes.
+def num_operations(f: Callable, *args: PyTree) -> float | None:
+    """How many floating-point operations `f(*args)` takes, by XLA's own count, which
+    some accelerators do not have. Arrays may be given by their shapes.
     """
-    return (jax.jit(lambda *args: f(*args)).lower(*args).cost_analysis() or {}).get(
-        "flops", 0.0
-    )
+    lowered = jax.jit(lambda *args: f(*args)).lower(*args)
+    return (lowered.cost_analysis() or {}).get("flops")

@@ -157,7 +157,7 @@ class Newton(AbstractMethod):
         if recurrence.num_steps == 0 or recurrence.y0.shape[0] == 0:
             return solve_sequentially(recurrence)
         # What there is to find out about the steps is found out once.
-        recurrence, chosen = self._choose(recurrence)
+        recurrence, chosen = self.choose(recurrence)
         method = dataclasses.replace(self, linearisation=chosen)
         elsewhere = lambda: method._run(recurrence, method._plan(recurrence, False))
         if is_cpu is False:
@@ -165,7 +165,7 @@ class Newton(AbstractMethod):
         on_cpu = lambda: method._run_each(recurrence, method._plan(recurrence, True))
         return by_platform(cpu=on_cpu, elsewhere=elsewhere)
 
-    def _choose(self, recurrence) -> tuple[AbstractRecurrence, AbstractLinearisation]:
+    def choose(self, recurrence) -> tuple[AbstractRecurrence, AbstractLinearisation]:
         """What is iterated on, and how it is linearised."""
         chosen = recurrence.choose(self.linearisation)
         if isinstance(self.linearisation, SharedJacobian) and isinstance(chosen, Dense):
@@ -259,7 +259,7 @@ class Newton(AbstractMethod):
     ) -> March:
         """Windows of given lengths; or all steps at once, `newton_max_steps` times."""
         num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
-        recurrence, linearisation = self._choose(recurrence)
+        recurrence, linearisation = self.choose(recurrence)
         is_patient = lengths is None
         lengths = (num_steps,) if is_patient else lengths
         linearisation.check_size(lengths[0], state_size, recurrence.y0.dtype)

@@ -11,6 +11,7 @@ import pytest
 
 from deer_ode import DEER, Dense, Exact, Newton, SharedJacobian, diffeqsolve
 from deer_ode._discretisation import Grid, discretise
+from deer_ode._discretisation._explicit_rk import SimplifiedStep
 
 from .helpers import assert_close, lotka_volterra, lotka_volterra_args, rounding
 
@@ -170,3 +171,79 @@ def test_a_stochastic_equation():
     expected = solve(DEER(diffrax.Heun(), Newton(Dense())), args, term=term)
     assert_close(sol.ys, expected.ys, rounding())
     assert int(sol.stats["num_fallback_steps"]) == 0
+
+
+@pytest.fixture
+def uses(monkeypatch):
+    """How often steps are traced as they are for an iteration."""
+    traced = []
+    call = SimplifiedStep.__call__
+    monkeypatch.setattr(
+        SimplifiedStep, "__call__", lambda *args: traced.append(1) or call(*args)
+    )
+    return traced
+
+
+def test_solves_use_it(uses):
+    """And nothing else does: another linearisation, or steps that are equations."""
+    # Other steps than those of other tests, so that they are traced.
+    steps = dict(dt=0.06, t1=0.6)
+    solve(DEER(diffrax.Tsit5(), Newton()), weights(), **steps)
+    equations = solve(DEER(method=SHARED), weights(), **steps)
+    assert_close(equations.ys, solve(DEER(), weights(), **steps).ys, rounding())
+    assert uses == []
+    solve(DEER(diffrax.Tsit5(), SHARED), weights(), **steps)
+    assert uses
+
+
+@pytest.mark.filterwarnings("ignore:Complex dtype support")
+def test_a_batch_of_complex_states_backwards():
+    """A state of another kind, in a batch, and time runs the other way."""
+
+    def turning(t, y, args):
+        parts = field(t, jnp.concatenate([y["z"].real, y["z"].imag, y["x"]]), args)
+        return {"z": jax.lax.complex(parts[:1], parts[1:2]), "x": parts[2:]}
+
+    def end(solver, x):
+        run = diffrax.diffeqsolve if type(solver) is diffrax.Tsit5 else diffeqsolve
+        y0 = {"z": jnp.array([0.5 - 0.3j]), "x": x}
+        term = diffrax.ODETerm(turning)
+        return run(term, solver, 1.0, 0.0, -0.05, y0, weights(), max_steps=20).ys
+
+    xs = jnp.array([[0.1], [0.4]])
+    batch = lambda solver: jax.jit(jax.vmap(lambda x: end(solver, x)))(xs)
+    expected = batch(diffrax.Tsit5())
+    assert_close(batch(DEER(diffrax.Tsit5(), SHARED)), expected, rounding())
+
+
+def test_where_nobody_counts_operations(monkeypatch):
+    """As on some accelerators: what was asked for is done."""
+    monkeypatch.setattr(
+        "deer_ode._discretisation._step_map.num_operations", lambda *args: None
+    )
+    recurrence = steps_of(0.1)
+    assert recurrence.simplified() is not recurrence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "h, shared, exact", ((0.05, 5, 3), (0.15, 11, 6), (0.3, 29, 10))
+)
+def test_iterations_of_two_oscillators(h, shared, exact):
+    """The first column of the table in docs/how-to-choose.md, give or take two."""
+    keys = jr.split(jr.key(0), 2)
+    first, second = jr.normal(keys[0], (32, 4)) / 2, jr.normal(keys[1], (4, 32)) / 6
+    turn = jnp.array([[0, 1.0, 0, 0], [-1, 0, 0, 0], [0, 0, 0, 1.7], [0, 0, -1.7, 0]])
+
+    def oscillators(t, y, args):
+        size = jnp.sum(y**2)
+        network = args[1] @ jnp.tanh(args[0] @ y)
+        return turn @ y + 0.3 * network - 0.1 * y * size / (1 + size)
+
+    y0 = jnp.array([1.0, 0.0, 0.5, 0.0])
+    for linearisation, count in ((SharedJacobian(), shared), (Dense(), exact)):
+        solver = DEER(diffrax.Tsit5(), Newton(linearisation))
+        sol = diffeqsolve(
+            diffrax.ODETerm(oscillators), solver, 0.0, 1000 * h, h, y0, (first, second)
+        )
+        assert abs(int(sol.stats["num_newton_steps"]) - count) <= 2

@@ -76,8 +76,9 @@ def explicit_rk_step(
     return y1, y_error, dict(y0=y0, y1=y1, k=k)
 
 
-# Of the exponential's series. What is left out is of the order of what one Jacobian in
-# the middle of a step leaves out anyway, and a third power is cheap.
+# Of the exponential's series. One Jacobian in the middle of a step is off by the third
+# power of its length anyway; the third power of the series is cheap, and all there is
+# of it where the field is linear.
 _DEGREE = 3
 
 # What it takes to make a Jacobian an array of its own, per entry. Derivatives through
