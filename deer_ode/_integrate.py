@@ -76,10 +76,11 @@ def diffeqsolve(
         nothing but that padding where those times are Python's numbers. Where one of
         them is not known while tracing (under `jax.jit` or `jax.vmap` over times) give
         a bound, close to the number of steps: all of it is solved for. `None`, no
-        bound in Diffrax, is the same as not to give it. A solve that goes on from the
-        `controller_state` of another makes steps of that one's length, by which they
-        are counted, if it is known while tracing; where it is not they are counted by
-        `dt0`, and `max_steps_reached` says if they are more.
+        bound in Diffrax, is the same as not to give it. Of a solve that goes on from
+        the `controller_state` of another, the steps after the first end where that
+        one's grid would have its ends; so they are counted if that state is known while
+        tracing. Where it is not they are counted by `dt0`, and `max_steps_reached` says
+        if they are more.
     - `adjoint` is [`deer_ode.ParallelAdjoint`][], whose derivatives are exact.
 
     Beside Diffrax's terms there are [`deer_ode.DAETerm`][] and
