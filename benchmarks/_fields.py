@@ -18,6 +18,7 @@ class Problem(NamedTuple):
     parameters: Callable[[Any], Any]
     """Of the dtype."""
     t1: float = 10.0
+    is_network: bool = False
 
     @property
     def n(self) -> int:
@@ -90,7 +91,8 @@ def _mlp(t, y, args):
 
 def _mlp_problem(n: int) -> Problem:
     y0 = (1.0, *(0.0,) * (n - 1))
-    return Problem(_mlp, y0, lambda d: network_weights((n, 32, n), d, jr.key(0)))
+    weights = lambda dtype: network_weights((n, 32, n), dtype, jr.key(0))
+    return Problem(_mlp, y0, weights, is_network=True)
 
 
 def _numbers(*values: float) -> Callable:

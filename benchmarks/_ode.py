@@ -125,13 +125,19 @@ def stock(field, t1: float, steps: int, how: str) -> Callable:
 
 
 NEWTON = deer_ode.DEER(diffrax.Tsit5(), method=deer_ode.Newton())
+SHARED = deer_ode.DEER(
+    diffrax.Tsit5(), method=deer_ode.Newton(deer_ode.SharedJacobian())
+)
 
 
 def rivals(problem: Problem, steps: int) -> dict[str, Callable]:
     of = (problem.field, problem.t1, steps)
+    # Less work only where the field is what takes time.
+    shared = {"newton, shared": deer(*of, SHARED)} if problem.is_network else {}
     return {
         "default": deer(*of),
         "newton": deer(*of, NEWTON),
+        **shared,
         "default, ts": deer(*of, at_ts=True),
         "loop": loop(*of),
         "diffrax, ts": stock(*of, "ts"),

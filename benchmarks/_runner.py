@@ -27,7 +27,7 @@ _SHORTEST_RUN = 1e-3
 _WRONG = 0.1
 
 #: The rivals that this package brings, by their names in every family.
-OURS = ("default", "newton", "default, ts", "default, Tsit5")
+OURS = ("default", "newton", "newton, shared", "default, ts", "default, Tsit5")
 
 
 def measure(case: Case, repeats: int) -> dict:
