@@ -31,8 +31,8 @@ class Auto(AbstractMethod):
         ([`deer_ode.RadauIIA`][] and its like), since to check which solution of its
         equation each step has takes as long.
     - On accelerators, and with [`deer_ode.Obreshkov`][] everywhere, all steps are
-        solved together; but sequences of fewer than 64 steps that are maps, and
-        Jacobians of $n \ge 64$ without structure, go one after the other as well.
+        solved together; but maps go one after the other as well where there are fewer
+        than 64 steps, or where $n \ge 64$ and the Jacobian has no structure.
 
     The answer is the same, and so are derivatives, which are exact either way, and
     parallel wherever that takes less work than a loop. `stats["num_newton_steps"]` is

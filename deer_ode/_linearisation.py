@@ -31,6 +31,11 @@ class AbstractLinearisation(eqx.Module):
     an iteration costs. Derivatives always use the exact Jacobian.
     """
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing of the Jacobian is left out."""
+        return False
+
     @abc.abstractmethod
     def for_map(self, groups: Groups, state_size: int) -> "AbstractLinearisation":
         """What to use for a map. Asked once, before the iteration; an object that does
@@ -67,6 +72,10 @@ class Dense(AbstractLinearisation):
     """
 
     max_bytes: int = eqx.field(static=True, default=4 * 2**30)
+
+    @property
+    def is_exact(self):
+        return True
 
     def for_map(self, groups, state_size):
         del groups, state_size
@@ -128,6 +137,11 @@ class Blockwise(AbstractLinearisation):
     """
 
     order: BlockOrder
+    has_structure: bool = eqx.field(static=True)
+
+    @property
+    def is_exact(self):
+        return self.has_structure
 
     def for_map(self, groups, state_size):
         del groups, state_size
@@ -141,6 +155,11 @@ class Blockwise(AbstractLinearisation):
         np.put_along_axis(basis, entries, 1, axis=1)
         columns = jax.vmap(pushforward)(jnp.asarray(basis[:, :-1]))
         return value, Blocks(jnp.swapaxes(self.order.split(columns), 0, 1), self.order)
+
+
+def _has_blocks(groups: Groups, order: BlockOrder) -> bool:
+    found = groups()
+    return found is not None and have_blocks(found, order)
 
 
 class BlockDiagonal(AbstractLinearisation):
@@ -166,7 +185,6 @@ class BlockDiagonal(AbstractLinearisation):
             )
 
     def for_map(self, groups, state_size):
-        del groups
         num_blocks, rest = divmod(state_size, self.size)
         if rest != 0:
             raise ValueError(
@@ -174,7 +192,8 @@ class BlockDiagonal(AbstractLinearisation):
                 f"{self.size} numbers; got {state_size}. `Exact()` finds blocks of any "
                 "sizes."
             )
-        return Blockwise(BlockOrder(contiguous(self.size, num_blocks), state_size))
+        order = BlockOrder(contiguous(self.size, num_blocks), state_size)
+        return Blockwise(order, _has_blocks(groups, order))
 
     def __call__(self, step, y, has_aux=False):
         return self.for_map(lambda: None, y.shape[0])(step, y, has_aux)
@@ -202,9 +221,7 @@ class Diagonal(AbstractLinearisation):
 
     def for_map(self, groups, state_size):
         order = BlockOrder(strided(1, state_size), state_size)
-        found = groups()
-        is_exact = found is not None and have_blocks(found, order)
-        return Blockwise(order) if is_exact else self
+        return Blockwise(order, True) if _has_blocks(groups, order) else self
 
     def __call__(self, step, y, has_aux=False):
         value, pushforward = _linearize(step, y, has_aux)
@@ -230,9 +247,7 @@ class PairedDiagonal(AbstractLinearisation):
 
     def for_map(self, groups, state_size):
         order = self._order(state_size)
-        found = groups()
-        is_exact = found is not None and have_blocks(found, order)
-        return Blockwise(order) if is_exact else self
+        return Blockwise(order, True) if _has_blocks(groups, order) else self
 
     def _order(self, state_size: int) -> BlockOrder:
         if state_size % 2 != 0:
@@ -270,7 +285,7 @@ class Exact(AbstractLinearisation):
     def for_map(self, groups, state_size):
         found = groups() if state_size > 1 else None
         order = None if found is None else find_blocks(found)
-        return Dense(self.max_bytes) if order is None else Blockwise(order)
+        return Dense(self.max_bytes) if order is None else Blockwise(order, True)
 
     def __call__(self, step, y, has_aux=False):
         # Not asked beforehand what there is, all that is there is kept.

@@ -283,24 +283,25 @@ class Newton(AbstractMethod):
         atol = jnp.finfo(dtype).tiny if self.atol is None else self.atol
         return jnp.asarray(atol, dtype) + jnp.broadcast_to(rtol, size.shape) * size
 
-    def _is_small(self, recurrence, correction, ys, reach, largest):
+    def _is_small(self, linearisation, recurrence, correction, ys, reach, largest):
         """Whether the correction is one that leaves nothing to correct.
 
         Residuals that are small each may add up, over many steps. The correction is
         their sum to first order; what is left after it is of second order, so with half
         the digits right before it, all of them are after it. Only where nobody has
-        asked for less.
+        asked for less. (With a Jacobian that leaves something out it is of first
+        order: then no more than what rounding adds up to will do.)
         """
         if self.rtol is not None or self.atol is not None:
             return jnp.ones(ys.shape[0], bool)
         eps = jnp.asarray(recurrence.eps, ys.dtype)[None]
         # No correction is smaller than rounding.
         floor = _CORRECTION_UNITS * eps * jnp.maximum(recurrence.sizes(ys), reach)
-        bound = (
-            jnp.sqrt(eps) / 4 * recurrence.amplitudes(reach, largest)
-            + floor
-            + jnp.finfo(ys.dtype).tiny
-        )
+        bound = jnp.sqrt(eps) / 4 * recurrence.amplitudes(reach, largest)
+        if not linearisation.is_exact:
+            # Of rounding errors with signs of their own.
+            bound = jnp.minimum(bound, ys.shape[0] ** 0.5 * floor)
+        bound = bound + floor + jnp.finfo(ys.dtype).tiny
         return jnp.all(jnp.abs(correction) <= bound, axis=-1)
 
     def update(
@@ -325,7 +326,7 @@ class Newton(AbstractMethod):
         # Written so that NaN is not good.
         good = is_known | (
             (error <= 1)
-            & self._is_small(recurrence, correction, ys, reach, largest)
+            & self._is_small(linearisation, recurrence, correction, ys, reach, largest)
             & is_reasonable(ys + correction, largest)
         )
         values = jnp.maximum(jnp.abs(ys), jnp.abs(ys + residual))

@@ -299,7 +299,10 @@ class Recurrence(AbstractMapRecurrence):
             # Of `f` as it comes, where a constant is seen to be one.
             found = dependence(f, start, one)
             # What `f` closes over becomes a leaf.
-            self.f = eqx.filter_closure_convert(f, start, one)
+            closed = eqx.filter_closure_convert(f, start, one)
+        # An array within, where a derivative is taken in a Python number.
+        leaves, self.f = eqx.partition(closed, eqx.is_array)
+        self.f = eqx.combine(jtu.tree_map(jnp.asarray, leaves), self.f)
         self._groups = None if found is None else connected(found)
         self.y0 = y0
         self.xs = xs

@@ -36,7 +36,11 @@ def response_in_windows(
     total = num_windows * length
     starts = length * jnp.arange(num_windows, dtype=jnp.int32)
     padding = ((0, total - num_steps), (0, 0))
-    padded, padded_ys = recurrence.padded(total), jnp.pad(ys, padding, mode="edge")
+    padded = recurrence.padded(total)
+    # Padding repeats the first step, from where that begins; and of the last state
+    # there is nothing else to come.
+    repeated = jnp.broadcast_to(recurrence.y0, (total - num_steps + 1, state_size))
+    padded_ys = jnp.concatenate([ys[:-1], repeated])
 
     def jacobians(start):
         y0 = state_at(recurrence.y0, padded_ys, start)

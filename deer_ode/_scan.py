@@ -314,5 +314,7 @@ def _sequential(f, init, xs, num_steps: int, reverse: bool) -> RecurrenceSolutio
     states = jnp.zeros((num_steps, 0), jnp.result_type(float))
     if num_steps > 0 and len(jtu.tree_leaves(init)) > 0:
         states = jax.vmap(StateFlattener(init).flatten)(carries)
+    # In the order in which they were found.
+    states = states[::-1] if reverse else states
     stats = _stats(sequential_solution(states), reverse)
     return RecurrenceSolution(carry, ys, carries, optx.RESULTS.successful, stats)

@@ -132,6 +132,8 @@ class Progress(NamedTuple):
     residual: Float[Array, ""]
     damping: Float[Array, ""]
     most_damping: Float[Array, ""]
+    is_nonfinite: Bool[Array, ""]
+    """Whether the step after those that are right was not a number when last seen."""
     is_stuck: Bool[Array, ""]
     rung: Int[Array, ""]
     """Which of the windows; their number if none is left."""
@@ -204,6 +206,7 @@ class March:
             residual=jnp.zeros((), y0.dtype),
             damping=jnp.zeros((), y0.dtype),
             most_damping=jnp.zeros((), y0.dtype),
+            is_nonfinite=jnp.asarray(False),
             is_stuck=jnp.asarray(False),
             rung=zero,
             entered=zero,
@@ -280,9 +283,13 @@ class March:
         is_new = ((steps >= progress.num_good) & (steps < num_good))[:, None]
         newly = lambda x: jnp.where(is_new, jnp.abs(x), 0)
         # The next step, from a state that is right, is not a number: nor is the answer.
+        # Not at once, since that may be a guess's fault, which is replaced by then.
         following = jnp.minimum(num_good - start, length - 1)
         is_finite = jnp.all(jnp.isfinite(updated.residual[following]))
-        is_stuck = (num_good < start + length) & ~is_finite
+        is_nonfinite = (num_good < start + length) & ~is_finite
+        is_stuck = (
+            is_nonfinite & progress.is_nonfinite & (num_good == progress.num_good)
+        )
         worked = progress.num_left_over + length
         new_ys = updated.ys
         if length != num_steps:
@@ -301,6 +308,7 @@ class March:
             ),
             damping=updated.damping,
             most_damping=jnp.maximum(progress.most_damping, updated.damping),
+            is_nonfinite=is_nonfinite,
             is_stuck=is_stuck,
         )
 
@@ -335,6 +343,7 @@ class March:
             num_guessed=jnp.where(failed, num_good, progress.num_guessed),
             num_failures=progress.num_failures + failed.astype(jnp.int32),
             suspects_guess=failed & (step == 0),
+            is_nonfinite=jnp.zeros_like(failed),
             damping=jnp.where(failed, 0, progress.damping),
         )
         return _where(failed | (step != 0), changed, progress)
@@ -457,6 +466,7 @@ class March:
             num_failures=progress.num_failures + (~is_counted).astype(jnp.int32),
             suspects_guess=jnp.zeros_like(progress.suspects_guess),
             num_trusted=end,
+            is_nonfinite=jnp.zeros_like(progress.is_nonfinite),
             is_stuck=jnp.zeros_like(progress.is_stuck),
         )
         return self._enter(len(self.lengths) - 1, progress)

@@ -34,6 +34,9 @@ SLOW_ROWS = (
     "test_doors.py::test_closed_over_parameters[c]",
     "test_doors.py::test_derivatives_with_an_event_before_what_is_not_a_number[root_finder1-Newton(fallback=False)]",  # noqa: E501
     "test_doors.py::test_derivatives_with_an_event_before_what_is_not_a_number[root_finder1-None]",  # noqa: E501
+    "test_doors.py::test_derivatives_with_an_event_before_times_without_a_field[Obreshkov()-a]",  # noqa: E501
+    "test_doors.py::test_derivatives_with_an_event_before_times_without_a_field[Tsit5()-a]",  # noqa: E501
+    "test_doors.py::test_derivatives_with_an_event_before_times_without_a_field[Tsit5()-b]",  # noqa: E501
     "test_doors.py::test_events[never-b]",
     "test_doors.py::test_hessian[b]",
     "test_doors.py::test_no_time_at_all[b]",

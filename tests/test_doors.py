@@ -408,6 +408,29 @@ def test_derivatives_with_an_event_before_what_is_not_a_number(root_finder, meth
     np.testing.assert_allclose(forward, expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("door", ("a", "b"))
+@pytest.mark.parametrize("solver", (diffrax.Tsit5(), Obreshkov()), ids=repr)
+def test_derivatives_with_an_event_before_times_without_a_field(solver, door):
+    """The field is not a number from t = 1 on, whatever the state."""
+    kwargs = dict(
+        term=diffrax.ODETerm(lambda t, y, args: -args * y * jnp.sqrt(1 - t)),
+        y0=jnp.array(1.0), t1=2.0,
+        event=diffrax.Event(lambda t, y, args, **kw: y < 0.7),
+        saveat=diffrax.SaveAt(ts=[0.15, 0.33, 1.5], t1=True), solver=solver,
+    )  # fmt: skip
+
+    def total(args, door):
+        ys = run(door, args=args, **kwargs).ys
+        return jnp.sum(jnp.where(jnp.isfinite(ys), ys, 0))
+
+    args = jnp.array(1.0)
+    expected = jax.grad(lambda args: total(args, None))(args)
+    assert abs(expected) > 0.1
+    for differentiate in (jax.grad, jax.jacfwd):
+        actual = differentiate(lambda args: total(args, door))(args)
+        np.testing.assert_allclose(actual, expected, rtol=rounding())
+
+
 def test_steady_state_without_an_end():
     """t1 = inf: only an event ends it."""
     event = diffrax.Event(diffrax.steady_state_event(1e-3, 1e-3, optx.rms_norm))

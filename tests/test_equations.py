@@ -22,6 +22,8 @@ from deer_ode import (
     Obreshkov,
     ParallelAdjoint,
     RadauIIA,
+    Trajectory,
+    Window,
     diffeqsolve,
 )
 
@@ -627,3 +629,22 @@ def test_no_spurious_solution():
     # Conditioned like an orbit: rounding grows in proportion to the time.
     assert_same(sol, expected, sqrt_eps())
     assert float(jnp.min(sol.ys)) > 0
+
+
+@pytest.mark.parametrize("window", (None, Window()), ids=("all", "windows"))
+@pytest.mark.parametrize("solver", (Obreshkov(2), RadauIIA(2)), ids=repr)
+def test_guess_where_there_is_no_field(solver, window):
+    """It is replaced by a state that is right, and only then says something."""
+    num_steps = 20
+    guess = Trajectory(jnp.full((num_steps, 1), -1.0))
+    kwargs = dict(y0=jnp.array([0.5]), saveat=diffrax.SaveAt(steps=True))
+    term = diffrax.ODETerm(lambda t, y, args: -jnp.log(y))
+    method = Newton(guess=guess, fallback=False, window=window)
+    t1 = 2.0
+    solve = lambda solver, solve: solve(
+        term, solver, 0.0, t1, t1 / num_steps, **kwargs, max_steps=num_steps
+    )
+    actual = solve(DEER(solver, method=method), diffeqsolve)
+    expected = solve(solver, diffrax.diffeqsolve)
+    assert_close(actual.ys, expected.ys, rounding())
+    assert int(actual.stats["num_fallback_steps"]) == 0

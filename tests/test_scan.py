@@ -25,6 +25,7 @@ from deer_ode import (
     PairedDiagonal,
     Sequential,
     Trajectory,
+    Window,
     solve_recurrence,
 )
 from deer_ode.nn import LEMCell
@@ -460,6 +461,71 @@ def test_not_a_number_is_not_hidden():
         lax.scan(step, start, xs),
         rounding(),
     )
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("method", (None, Newton(), Sequential()), ids=repr)
+def test_the_step_that_is_not_finite_is_named_by_its_place(method, reverse):
+    xs = jnp.ones(10).at[6].set(jnp.inf)
+    step = lambda y, x: (y * x, None)
+    kwargs = {} if method is None else dict(method=method)
+    sol = solve_recurrence(step, jnp.array(0.5), xs, reverse=reverse, **kwargs)
+    assert int(sol.stats["first_nonfinite_step"]) == 6
+
+
+def test_second_derivatives_where_the_first_input_means_nothing_at_the_end():
+    """Windows of 512 steps are filled up with the first input: not from the last state,
+    where the map of the first step is not a number.
+    """
+    xs = jnp.linspace(1.0, 3.0, 513)
+
+    def end(p, scan):
+        def step(y, x):
+            return 0.9 * y + 0.1 * p * x + 0.01 * p * jnp.sqrt(x + 0.5 - y), None
+
+        return scan(step, jnp.array(0.5), xs)[0]
+
+    last = end(1.0, lax.scan)
+    assert float(xs[0] + 0.5 - last) < 0
+    for second in (
+        lambda f: jax.grad(jax.grad(f)),
+        lambda f: jax.jacrev(jax.jacfwd(f)),
+    ):
+        ours = quick(second(lambda p: end(p, deer_ode.scan)))(jnp.array(1.0))
+        theirs = quick(second(lambda p: end(p, lax.scan)))(jnp.array(1.0))
+        assert_close(ours, theirs, rounding())
+
+
+@pytest.mark.parametrize("method", (None, Newton()), ids=repr)
+def test_derivatives_in_python_numbers_without_jit(method):
+    kwargs = {} if method is None else dict(method=method)
+
+    def end(p, scan, **kwargs):
+        step = lambda y, x: (0.5 * jnp.tanh(y) + p * x, None)
+        return scan(step, jnp.array(0.5), jnp.linspace(0.0, 1.0, 9), **kwargs)[0]
+
+    for differentiate in (jax.grad, lambda f: jax.grad(jax.grad(f))):
+        ours = differentiate(lambda p: end(p, deer_ode.scan, **kwargs))(1.0)
+        theirs = differentiate(lambda p: end(p, lax.scan))(1.0)
+        # Of Python's numbers JAX makes derivatives in single precision.
+        assert_close(ours, theirs, rounding(jnp.float32))
+
+
+@pytest.mark.parametrize("window", (None, Window()), ids=("all", "windows"))
+def test_what_an_inexact_jacobian_leaves_is_rounding(window):
+    """A slow rotation, whose diagonal says little: many small corrections follow."""
+    num_steps, angle = 2000, 1e-3
+    c, s = np.cos(angle), np.sin(angle)
+    turn = lambda y, x: (jnp.array([[c, -s], [s, c]]) @ y, None)
+    solve = lambda method: solve_recurrence(
+        turn, jnp.array([1.0, 0.0]), None, num_steps, method=method
+    )
+    sol = quick(lambda: solve(Newton(Diagonal(), window=window)))()
+    assert int(sol.stats["num_fallback_steps"]) == 0
+    # Corrections are accepted up to what eight units of rounding of each step add up
+    # to, if they have signs of their own.
+    bound = 8 * num_steps**0.5 * float(jnp.finfo(jnp.float64).eps)
+    assert_close(sol.carries, solve(Sequential()).carries, bound)
 
 
 def test_leaves_of_two_precisions():

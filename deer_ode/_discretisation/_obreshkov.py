@@ -199,19 +199,20 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
     def _at_ends(self, ys: Trajectory, fn):
         """`fn(t, y, x)` at the start and at the end of every step."""
         grid, y0 = self.grid, self.y0
+        # Padding repeats the first step, or where that begins.
+        select = lambda y: jnp.where(grid.active[:, None], y, y0)
         if self.is_shared:
-            ts = jnp.concatenate([grid.tprev[:1], grid.tnext])
+            tnext = jnp.where(grid.active, grid.tnext, grid.tprev[0])
+            ts = jnp.concatenate([grid.tprev[:1], tnext])
             first = jtu.tree_map(lambda x: x[0], grid)
             out = jax.vmap(lambda t, y: fn(t, y, first))(
-                ts, jnp.concatenate([y0[None], ys])
+                ts, jnp.concatenate([y0[None], select(ys)])
             )
             return (
                 jtu.tree_map(lambda x: x[:-1], out),
                 jtu.tree_map(lambda x: x[1:], out),
             )
-        # Padding repeats the first step.
         grid = jtu.tree_map(lambda x: jnp.where(grid.active, x, x[0]), grid)
-        select = lambda y: jnp.where(grid.active[:, None], y, y0)
         starts, ends = select(previous_states(y0, ys)), select(ys)
         # Inside the step, where it differs from its neighbours.
         tprev, tnext = eqxi.nextafter(grid.tprev), eqxi.prevbefore(grid.tnext)
