@@ -312,8 +312,9 @@ class SharedJacobian(AbstractLinearisation):
     an interval $T$ in units of the field's own time scale (simplified Newton): as good
     as Newton's method where steps are as short as a network on a dense grid of data has
     them, slow where $\|h J\|$ is above a fifth, and useless over long intervals of
-    steps as long as a method of high order allows. With a network for a field an
-    iteration takes 0.4 to 0.8 of the time; memory is that of [`deer_ode.Dense`][].
+    steps as long as a method of high order allows. With a network for a field a
+    solve takes from as long (2 states) to a third of the time (32); memory is that of
+    [`deer_ode.Dense`][].
 
     Where it would be no less work (cheap fields, large states), where the Jacobian has
     blocks, and for steps of any other kind this is [`deer_ode.Exact`][].
