@@ -301,8 +301,9 @@ class Recurrence(AbstractMapRecurrence):
             # What `f` closes over becomes a leaf.
             closed = eqx.filter_closure_convert(f, start, one)
         # An array within, where a derivative is taken in a Python number.
-        leaves, self.f = eqx.partition(closed, eqx.is_array)
-        self.f = eqx.combine(jtu.tree_map(jnp.asarray, leaves), self.f)
+        self.f = jtu.tree_map(
+            lambda x: jnp.asarray(x) if eqx.is_array(x) else x, closed
+        )
         self._groups = None if found is None else connected(found)
         self.y0 = y0
         self.xs = xs
