@@ -4,7 +4,7 @@ import equinox as eqx
 
 from ._linearisation import Dense
 from ._method import AbstractMethod, solve_sequentially
-from ._misc import by_platform
+from ._misc import by_platform, has_accelerator
 from ._newton import Newton
 from ._recurrence import AbstractMapRecurrence
 
@@ -23,20 +23,17 @@ class Auto(AbstractMethod):
     From the number of steps $T$, the size of the state $n$, the kind of the step and
     the platform that the program is compiled for:
 
-    - On a CPU steps that are maps (Diffrax's solvers, recurrences) are taken one after
-        the other. A loop over small steps is compiled into one kernel there, and
-        mostly took less time than the iteration, down to a twentieth of it; on some
-        small networks and long rigid-body solves the iteration won by a little.
-        So are those of collocation methods
+    - On a CPU steps that are maps (Diffrax's solvers, recurrences) are sequential: one
+        loop, differentiated by JAX itself. XLA compiles such a loop whole, and the
+        iteration seldom takes less time. So are those of collocation methods
         ([`deer_ode.RadauIIA`][] and its like), since to check which solution of its
         equation each step has takes as long.
     - On accelerators, and with [`deer_ode.Obreshkov`][] everywhere, all steps are
-        solved together; but maps go one after the other as well where there are fewer
-        than 64 steps, or where $n \ge 64$ and the Jacobian has no structure.
+        solved together; but maps are sequential as well where there are fewer than 64
+        steps, or where $n \ge 64$ and the Jacobian has no structure.
 
-    The answer is the same, and so are derivatives, which are exact either way, and
-    parallel wherever that takes less work than a loop. `stats["num_newton_steps"]` is
-    zero where the loop was taken.
+    The answer is the same, and so are derivatives, which are exact either way.
+    `stats["path"]` says which way it was, `"sequential"` or `"newton"`.
 
     ??? cite "Reference"
 
@@ -71,22 +68,30 @@ class Auto(AbstractMethod):
     def report_to(self, meter):
         return Auto(self.newton.report_to(meter))
 
-    def is_loop_on_cpu(self, recurrence):
-        return recurrence.is_for_a_loop
+    def prefers_sequential(self, recurrence):
+        if not recurrence.prefers_sequential:
+            return False
+        if not has_accelerator():
+            return True
+        if not isinstance(recurrence, AbstractMapRecurrence):
+            return False
+        if recurrence.num_steps < _SHORT:
+            return True
+        if recurrence.y0.shape[0] < _LARGE:
+            return False
+        return isinstance(recurrence.choose(self.newton.linearisation), Dense)
 
     def solve(self, recurrence):
-        if not recurrence.is_for_a_loop:
-            return self.newton.solve(recurrence)
         # Whoever wants no sequential finish wants to be told of failure.
-        in_turn = lambda: solve_sequentially(recurrence, only_finite=not self.fallback)
-        if isinstance(recurrence, AbstractMapRecurrence):
-            num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
-            chosen = recurrence.choose(self.newton.linearisation)
-            is_large = isinstance(chosen, Dense) and state_size >= _LARGE
-            if num_steps < _SHORT or is_large:
-                return in_turn()
+        sequential = lambda: solve_sequentially(
+            recurrence, only_finite=not self.fallback
+        )
+        if self.prefers_sequential(recurrence):
+            return sequential()
+        if not recurrence.prefers_sequential:
+            return self.newton.solve(recurrence)
         return by_platform(
-            cpu=in_turn,
+            cpu=sequential,
             elsewhere=lambda: self.newton.solve(recurrence, is_cpu=False),
         )
 

@@ -22,13 +22,12 @@ import numpy as np
 from jaxtyping import Bool
 
 from ._custom_types import State
+from ._programs import body_of, closed, constants_of, is_program, scan_counts
 
 
 # An array of booleans, or `None` where there is no dependence, so that most of a
 # program costs nothing.
 _Mask = Any
-
-_PROGRAMS = jexc.Jaxpr | jexc.ClosedJaxpr
 
 # A mask of more entries is not made; the map then counts as dense.
 _MAX_MASK = 2**27
@@ -77,21 +76,22 @@ def dependence(
         return jax.jvp(lambda y: step(y, *inputs), (y,), (t_y,))[1]
 
     program = jax.make_jaxpr(tangent)(y, y, inputs)
-    num_others = len(program.jaxpr.invars) - 1
+    num_others = len(body_of(program).invars) - 1
     masks = [np.eye(size, dtype=bool), *[None] * num_others]
     try:
-        (out,) = _follow(program.jaxpr, program.consts, masks, size)
+        (out,) = _follow(program, masks, size)
     except _Unknown:
         return None
     return np.zeros((size, size), bool) if out is None else out
 
 
-def _follow(jaxpr, const_values, masks: list[_Mask], size: int, values=None):
+def _follow(program, masks: list[_Mask], size: int, values=None):
     """The masks of the outputs of a program, from those of its inputs.
 
     `values` are those of the inputs that are known beforehand, small integers, which
     tell where numbers are moved to.
     """
+    jaxpr, const_values = body_of(program), constants_of(program)
     mask_of: dict[Any, _Mask] = dict(zip(jaxpr.invars, masks, strict=True))
     value_of: dict[Any, Any] = dict(
         zip(jaxpr.invars, values or [None] * len(masks), strict=True)
@@ -156,9 +156,10 @@ def _known_integers(eqn, values):
         return None
     with jax.ensure_compile_time_eval():
         program = eqn.params.get("jaxpr")
-        if eqn.primitive.name in _CALLS and isinstance(program, jexc.ClosedJaxpr):
+        if eqn.primitive.name in _CALLS and is_program(program):
+            program = closed(body_of(program), constants_of(program))
             out = jexc.jaxpr_as_fun(program)(*values)
-        elif any(isinstance(p, _PROGRAMS) for p in eqn.params.values()):
+        elif any(is_program(p) for p in eqn.params.values()):
             return None
         else:
             out = eqn.primitive.bind(*map(jnp.asarray, values), **eqn.params)
@@ -221,16 +222,12 @@ def _apply_rule(eqn, ins: list[_Mask], values, size: int) -> list[_Mask]:
     if name == "while":
         return _while(params, ins, size)
     if name == "cond":
-        branches = [
-            _follow(b.jaxpr, b.consts, ins[1:], size) for b in params["branches"]
-        ]
+        branches = [_follow(b, ins[1:], size) for b in params["branches"]]
         return [_union(masks) for masks in zip(*branches, strict=True)]
     inner = next((params[k] for k in ("jaxpr", "call_jaxpr") if k in params), None)
-    is_call = inner is not None and len(getattr(inner, "jaxpr", inner).invars)
-    if is_call == len(ins) and name in _CALLS:
-        program = getattr(inner, "jaxpr", inner)
-        consts = getattr(inner, "consts", ())
-        return _follow(program, consts, ins, size, values)
+    is_call = inner is not None and len(body_of(inner).invars) == len(ins)
+    if is_call and name in _CALLS:
+        return _follow(inner, ins, size, values)
     return _all_on_all(eqn, ins, size)
 
 
@@ -326,19 +323,19 @@ def _while(params, ins, size) -> list[_Mask]:
     consts = ins[num_skipped : num_skipped + num_consts]
     body = params["body_jaxpr"]
     return _fixed_point(
-        lambda carry: _follow(body.jaxpr, body.consts, [*consts, *carry], size),
+        lambda carry: _follow(body, [*consts, *carry], size),
         ins[num_skipped + num_consts :],
     )
 
 
 def _scan(params, ins, size) -> list[_Mask]:
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = scan_counts(params)
     consts = ins[:num_consts]
     xs = [None if m is None else m.any(axis=0) for m in ins[num_consts + num_carry :]]
     body = params["jaxpr"]
 
     def once(carry):
-        return _follow(body.jaxpr, body.consts, [*consts, *carry, *xs], size)
+        return _follow(body, [*consts, *carry, *xs], size)
 
     carry = _fixed_point(
         lambda carry: once(carry)[:num_carry],

@@ -7,39 +7,33 @@ $$\dot y_i = A_i \dot y_{i-1} + \frac{\partial f_i}{\partial \theta} \dot\theta,
 
 the same affine recurrence with the exact Jacobian $A_i$ at the solution. It is linear
 in $\dot\theta$ and JAX can transpose it, so this one rule gives forward and reverse
-derivatives of every order. Nothing of the iterations is stored. (Where a loop finds the
-solution, the loop's own derivative is the same, and sometimes takes less time.)
+derivatives of every order. Nothing of the iterations is stored. Where the solution is
+a loop over maps, JAX's own derivative of that loop is the same and takes less time.
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, Int
 
 from ._affine import affine_solve
-from ._costs import Way, cheapest_way
 from ._custom_types import Trajectory
 from ._linearisation import AbstractLinearisation
 from ._method import AbstractMethod, TrajectorySolution, sequential_solution
-from ._misc import by_platform, has_accelerator, without_gradient
+from ._misc import by_platform, without_gradient
+from ._programs import Program, without_checks
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
-from ._response import jvp_of_loop, response_in_turn, response_in_windows
+from ._tangent import tangent_in_windows
 
 
 # On a CPU the Jacobians of so many steps stay in its cache. With windows of 128 to 512
 # steps gradients took between half the time and as much as with all of them at once.
 _CPU_WINDOW = 512
-
-
-class _Derivatives(eqx.Module):
-    """What the rule has to know of the method."""
-
-    linearisation: AbstractLinearisation
-    """Exact, whatever the iteration may use."""
-    is_loop_on_cpu: bool = eqx.field(static=True)
-    fallback: bool = eqx.field(static=True)
 
 
 def _batch_first(ys: Trajectory) -> Trajectory:
@@ -54,60 +48,45 @@ def _batch_first(ys: Trajectory) -> Trajectory:
 def _solve(
     recurrence: AbstractRecurrence,
     run: Callable[[AbstractRecurrence], TrajectorySolution],
-    derivatives: _Derivatives,
+    linearisation: AbstractLinearisation,
 ) -> TrajectorySolution:
-    del derivatives
+    del linearisation
     solution = run(recurrence)
     return solution._replace(ys=_batch_first(solution.ys))
 
 
 @_solve.def_jvp
 def _solve_jvp(primals, tangents):
-    recurrence, run, derivatives = primals
+    recurrence, run, linearisation = primals
     t_recurrence, *_ = tangents
-    if len(jtu.tree_leaves(t_recurrence)) == 0:
-        solution = _solve(recurrence, run, derivatives)
-        return solution, jtu.tree_map(lambda _: None, solution)
-    exact = recurrence.choose(derivatives.linearisation)
-
-    # Where there is an accelerator, the program may be for that.
-    way = None
-    if not has_accelerator():
-        way = cheapest_way(recurrence, exact, derivatives.is_loop_on_cpu)
-    if way is Way.THROUGH_THE_LOOP:
-        ys, t_ys = jvp_of_loop(recurrence, t_recurrence)
-        solution = sequential_solution(
-            _batch_first(ys), only_finite=not derivatives.fallback
-        )
-    else:
-        # By the rule's own function, so that higher derivatives come here again.
-        solution = _solve(recurrence, run, derivatives)
-        t_ys = _response(recurrence, exact, solution.ys, t_recurrence, way)
+    # By the rule's own function, so that higher derivatives come here again.
+    solution = _solve(recurrence, run, linearisation)
     t_solution = jtu.tree_map(lambda _: None, solution)
-    return solution, t_solution._replace(ys=t_ys)
+    if len(jtu.tree_leaves(t_recurrence)) == 0:
+        return solution, t_solution
+    exact = recurrence.choose(linearisation)
+    # The steps are checked along the solution, where they are taken once more.
+    tangent = without_checks(ft.partial(_tangent, exact))
+    return solution, t_solution._replace(
+        ys=tangent(recurrence, solution.ys, t_recurrence)
+    )
 
 
-def _response(
-    recurrence: AbstractRecurrence,
+def _tangent(
     exact: AbstractLinearisation,
+    recurrence: AbstractRecurrence,
     ys: Trajectory,
-    tangent: Any,
-    way: Way | None,
+    t_recurrence: Any,
 ) -> Trajectory:
-    """How the solution `ys` answers a change of the leaves of `recurrence`; which way
-    on a CPU, if that is known.
-    """
+    """By how much the solution `ys` moves with the leaves of `recurrence`."""
     num_steps, state_size = ys.shape
 
     def at_once():
         exact.check_size(num_steps, state_size, ys.dtype)
-        return affine_solve(*recurrence.linear_response(ys, tangent, exact))
+        return affine_solve(*recurrence.linear_response(ys, t_recurrence, exact))
 
     if not isinstance(recurrence, AbstractMapRecurrence):
         return at_once()
-
-    def changes():
-        return eqx.filter_jvp(lambda r: r.evaluate(ys), (recurrence,), (tangent,))[1]
 
     def in_windows(length):
         """Of `length` steps, or as many as there is memory for."""
@@ -116,29 +95,57 @@ def _response(
         exact.check_size(length, state_size, ys.dtype)
         if length == num_steps:
             return at_once()
-        return response_in_windows(recurrence, ys, changes(), exact, length)
+        _, changes = eqx.filter_jvp(
+            lambda r: r.evaluate(ys), (recurrence,), (t_recurrence,)
+        )
+        return tangent_in_windows(recurrence, ys, changes, exact, length)
 
-    def on_cpu():
-        if (way or cheapest_way(recurrence, exact, False)) is Way.IN_TURN:
-            return response_in_turn(recurrence, ys, changes())
-        return in_windows(min(_CPU_WINDOW, num_steps))
-
-    return by_platform(cpu=on_cpu, elsewhere=lambda: in_windows(num_steps))
+    return by_platform(
+        cpu=lambda: in_windows(min(_CPU_WINDOW, num_steps)),
+        elsewhere=lambda: in_windows(num_steps),
+    )
 
 
 def solve_trajectory(
-    recurrence: AbstractRecurrence, method: AbstractMethod
+    recurrence: AbstractRecurrence, method: AbstractMethod, *, is_checked: bool = True
 ) -> TrajectorySolution:
-    """Solves `recurrence` by `method`, differentiably in all leaves of `recurrence`."""
+    """Solves `recurrence` by `method`, differentiably in all leaves of `recurrence`.
+
+    With `is_checked` the user's own checks (`equinox.error_if`) are made on the steps
+    of the solution, and on nothing else.
+    """
+    if is_native(recurrence, method):
+
+        def loop(recurrence):
+            with recurrence.tracing():
+                return recurrence.loop()
+
+        loop = loop if is_checked else without_checks(loop)
+        return sequential_solution(loop(recurrence), only_finite=not method.fallback)
     # JAX asks for it by itself and again within its derivatives: traced once for both.
-    run = eqx.filter_closure_convert(method.solve, recurrence)
+    run = Program.of(method.solve, recurrence)
     # What the forward pass uses may be cheaper; a derivative needs all of it.
-    derivatives = _Derivatives(
-        method.exact_linearisation,
-        method.is_loop_on_cpu(recurrence),
-        method.fallback,
-    )
-    return _solve(recurrence, run, derivatives)
+    solution = _solve(recurrence, run, method.exact_linearisation)
+    if is_checked and run.has_checks:
+        ys = check_steps(recurrence, solution.ys, solution.num_good_steps)
+        solution = solution._replace(ys=ys)
+    return solution
+
+
+def is_native(recurrence: AbstractRecurrence, method: AbstractMethod) -> bool:
+    """Whether the solution is a loop that JAX differentiates by itself."""
+    is_map = isinstance(recurrence, AbstractMapRecurrence)
+    return is_map and method.prefers_sequential(recurrence)
+
+
+def check_steps(
+    recurrence: AbstractRecurrence, ys: Trajectory, num_good: Int[Array, ""]
+) -> Trajectory:
+    """`ys`, with the user's checks on the first `num_good` steps."""
+    known = without_gradient(recurrence).until(num_good)
+    again = known.evaluate(lax.stop_gradient(ys))
+    # Always true, which the compiler does not know: a check counts by its value only.
+    return jnp.where(num_good >= 0, ys, again)
 
 
 class _Known(eqx.Module):
@@ -153,5 +160,4 @@ def give_derivatives(
     recurrence: AbstractRecurrence, ys: Trajectory, linearisation: AbstractLinearisation
 ) -> Trajectory:
     """`ys` as they are, differentiable as the trajectory of `recurrence`."""
-    known = _Known(without_gradient(ys))
-    return _solve(recurrence, known, _Derivatives(linearisation, False, True)).ys
+    return _solve(recurrence, _Known(without_gradient(ys)), linearisation).ys

@@ -4,7 +4,9 @@ from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
 from ._counting import count_resumed_steps, count_steps
@@ -138,6 +140,13 @@ def diffeqsolve(
     return _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs)
 
 
+def _is_endless(t0, t1) -> bool:
+    """Whether only an event can end the solve."""
+    if isinstance(t0, jax.core.Tracer) or isinstance(t1, jax.core.Tracer):
+        return False
+    return bool(np.isinf(t1 - t0))
+
+
 def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
     stepsize_controller = kwargs["stepsize_controller"]
     if isinstance(max_steps, str) and max_steps != "counted":
@@ -179,6 +188,8 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
         )
     if max_steps is None:
         max_steps = bound
+    if max_steps is None and kwargs["event"] is not None and _is_endless(t0, t1):
+        max_steps = _DIFFRAX_MAX_STEPS
     if max_steps is None and is_even:
         raise ValueError(
             "The number of steps must be known while tracing, but cannot be "

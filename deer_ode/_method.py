@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -14,6 +15,11 @@ from ._linearisation import AbstractLinearisation, Exact
 from ._misc import leading_true
 from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractRecurrence
+
+
+@jtu.register_static
+class StaticString(str):
+    """A word that may be among the outputs of `jax.jit`."""
 
 
 class TrajectorySolution(NamedTuple):
@@ -64,10 +70,15 @@ class AbstractMethod(eqx.Module):
     def solve(self, recurrence: AbstractRecurrence) -> TrajectorySolution:
         """Finds the trajectory of `recurrence`. Not differentiable by itself."""
 
-    def is_loop_on_cpu(self, recurrence: AbstractRecurrence) -> bool:
-        """Whether on a CPU steps are taken one by one, from the first to the last."""
+    def prefers_sequential(self, recurrence: AbstractRecurrence) -> bool:
+        """Whether all steps of this process are sequential, known while tracing."""
         del recurrence
         return False
+
+    def path(self, recurrence: AbstractRecurrence) -> StaticString:
+        """How the steps are found, in one word, for `stats`."""
+        is_sequential = self.prefers_sequential(recurrence)
+        return StaticString("sequential" if is_sequential else "newton")
 
     @property
     @abc.abstractmethod
@@ -155,8 +166,9 @@ class Sequential(AbstractMethod):
     What the parallel methods are compared with, by one word. In [`deer_ode.scan`][] it
     is `jax.lax.scan` itself, at full precision of products, and its derivatives are
     JAX's own, by storing every step. In [`deer_ode.DEER`][] it is a loop over the steps
-    of the base solver, and derivatives are found as with the other methods, mostly
-    with nothing but the trajectory stored.
+    of the base solver; its derivatives are JAX's own as well, but only the trajectory
+    is stored, and each step is evaluated once more. (Steps that are equations are
+    differentiated by the implicit function theorem, as with the other methods.)
     """
 
     @property
@@ -167,7 +179,7 @@ class Sequential(AbstractMethod):
     def fallback(self):
         return True
 
-    def is_loop_on_cpu(self, recurrence):
+    def prefers_sequential(self, recurrence):
         del recurrence
         return True
 

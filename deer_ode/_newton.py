@@ -13,6 +13,7 @@ $A_i$, so there is always progress, and what is left over can be finished sequen
 
 import dataclasses
 import functools as ft
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from ._misc import (
     ROUNDING_UNITS,
     by_platform,
     finite,
+    has_accelerator,
     hold_last_good,
     is_reasonable,
     leading_true,
@@ -41,20 +43,21 @@ from ._shooting import Chunks, can_be_chunked, chunk_that_fits
 from ._window import March, Progress, Updated, Window
 
 
-# In units of rounding of the values, where little is added up: a correction that is all
-# rounding.
-_CORRECTION_UNITS = 8
+# A correction leaves its square: with half the digits right before it, all are right
+# after it. The quarter is for second derivatives above one.
+_HALF_THE_DIGITS = 1 / 4
 
-# On a CPU an iteration over small steps is mostly bookkeeping and what it writes to
-# memory. Of 10,000 steps of a GRU of 1 to 8 states, taken 16 at a time, it took between
-# a fifth and a half of the time; of 100,000 steps of two states 64 at a time 0.6 times
-# that of 16. Where there are few steps nothing is gained.
-_CPU_CHUNKED = 512
-_CPU_CHUNKS = 1024
-_CPU_CHUNK = (16, 64)
+# In units of rounding: a correction that is all rounding.
+_CORRECTION_UNITS = 8
 
 # From this number of steps on two cores have enough to do with one solve.
 _LONG = 1024
+
+# Operations of one Newton iteration, and how many of them take about a second on two
+# CPU cores. More than a minute of iterations is worth a warning.
+_OPERATIONS_PER_SECOND = 1e10
+_MOST_SECONDS = 60
+_USUAL_ITERATIONS = 5
 
 
 class Newton(AbstractMethod):
@@ -68,12 +71,12 @@ class Newton(AbstractMethod):
     which is the componentwise backward error of one step: what rounding alone causes
     has this size. (A step that is an equation $F_i(y_{i-1}, y_i) = 0$ is accepted when
     $|F_i|$ is small beside $|B_i| |y_i| + |C_i| |y_{i-1}|$, with its Jacobians $B_i$
-    and $C_i$. Where a step is a map that is no differential equation's, the largest
-    entry of this state and the one before it stands for $|y_i|$.) Unless `rtol` or
-    `atol` is given, the correction $\delta_i$ has to be small beside the states as
-    well, since small residuals may add up. The solve is converged when every step is; a
-    residual that is not a number is never small. The correction belonging to the
-    accepted residual is still applied.
+    and $C_i$.) So an entry that is zero because the others cancel is judged by what
+    cancels there. Unless `rtol` or `atol` is given, the correction $\delta_i$ has to be
+    small beside the same terms, at their largest so far, as well, since small residuals
+    may add up. The solve is converged when every step is; a residual that is not a
+    number is never small. The correction belonging to the accepted residual is still
+    applied.
 
     Non-finite iterates do no harm: every step from the first such state on restarts
     from the last good one.
@@ -157,6 +160,7 @@ class Newton(AbstractMethod):
         if recurrence.num_steps == 0 or recurrence.y0.shape[0] == 0:
             return solve_sequentially(recurrence)
         # What there is to find out about the steps is found out once.
+        self._warn_of_long_solves(recurrence)
         recurrence, chosen = self.choose(recurrence)
         method = dataclasses.replace(self, linearisation=chosen)
         elsewhere = lambda: method._run(recurrence, method._plan(recurrence, False))
@@ -164,6 +168,24 @@ class Newton(AbstractMethod):
             return elsewhere()
         on_cpu = lambda: method._run_each(recurrence, method._plan(recurrence, True))
         return by_platform(cpu=on_cpu, elsewhere=elsewhere)
+
+    def _warn_of_long_solves(self, recurrence) -> None:
+        num_steps, size = recurrence.num_steps, recurrence.y0.shape[0]
+        operations = 4.0 * num_steps * size**3
+        seconds = _USUAL_ITERATIONS * operations / _OPERATIONS_PER_SECOND
+        if has_accelerator() or seconds < _MOST_SECONDS:
+            return
+        if not isinstance(recurrence.choose(self.linearisation), Dense):
+            return
+        warnings.warn(
+            f"Newton's method on {num_steps:,} steps of a state of {size:,} numbers: "
+            f"about {operations:.0e} operations per iteration, some "
+            f"{seconds / 60:.0f} minutes on a CPU, for the dense Jacobians of all "
+            "steps. `DEER()` (sequential steps of `Tsit5` on a CPU) needs none of "
+            "them; nor does `method=Sequential()`. Where entries depend on themselves "
+            "mostly, `Newton(linearisation=Diagonal())` keeps only the diagonals.",
+            stacklevel=2,
+        )
 
     def choose(self, recurrence) -> tuple[AbstractRecurrence, AbstractLinearisation]:
         """What is iterated on, and how it is linearised."""
@@ -174,24 +196,30 @@ class Newton(AbstractMethod):
 
     def _plan(self, recurrence, is_cpu) -> tuple[int, tuple[int, ...] | None]:
         """How many steps are taken as one, and the windows in units of these."""
-        chunk = self._chunk(recurrence, is_cpu)
-        if self.window is None:
-            return chunk, None
         total, y0 = recurrence.num_steps, recurrence.y0
+        lengths = None if self.window is None else self.window.lengths(total, is_cpu)
+        chunk = self._chunk(recurrence, total if lengths is None else lengths[-1])
+        if lengths is None:
+            return chunk, None
         fits = lambda n: self.linearisation.fits(n, y0.size, y0.dtype)
-        lengths = self.window.lengths(total, is_cpu, chunk)
         num_chunks = -(-total // chunk)
         whole = lambda n: num_chunks if n == total else max(1, n // chunk)
         *longer, last = sorted({whole(n) for n in lengths}, reverse=True)
         # Those whose Jacobians there is memory for, or else the shortest; or one that
         # is shorter still, where nobody has said how long.
-        while self.window.length is None and last > 1 and not fits(last):
+        while self._is_window_free and last > 1 and not fits(last):
             last = -(-last // 2)
         return chunk, (*filter(fits, longer), last)
 
-    def _chunk(self, recurrence, is_cpu) -> int:
-        total, y0 = recurrence.num_steps, recurrence.y0
-        linearisation = self.linearisation
+    @property
+    def _is_window_free(self) -> bool:
+        return self.window is not None and self.window.length is None
+
+    def _chunk(self, recurrence, longest: int) -> int:
+        """One, unless more are asked for, or the Jacobians of the `longest` window that
+        has to be do not fit into memory.
+        """
+        y0, linearisation = recurrence.y0, self.linearisation
         if self.chunk is not None and self.chunk > 1 and not can_be_chunked(recurrence):
             raise ValueError(
                 f"`Newton(chunk={self.chunk})`: only explicit steps can be taken "
@@ -199,25 +227,12 @@ class Newton(AbstractMethod):
                 "`chunk` out."
             )
         if self.chunk is not None:
-            return min(self.chunk, total)
-        if not (can_be_chunked(recurrence) and isinstance(linearisation, Dense)):
+            return min(self.chunk, recurrence.num_steps)
+        is_possible = can_be_chunked(recurrence) and isinstance(linearisation, Dense)
+        if self._is_window_free or not is_possible:
             return 1
-        # Windows that are asked for have their own length.
-        is_free = self.window is None or self.window.length is None
-        chunk = 1
-        if is_cpu and is_free and total >= _CPU_CHUNKED:
-            least, most = _CPU_CHUNK
-            chunk = least
-            while chunk < most and chunk * _CPU_CHUNKS < total:
-                chunk *= 2
-        if self.window is None or not is_free:
-            longest = total
-            if self.window is not None:
-                longest = self.window.lengths(total, is_cpu, chunk)[-1]
-            bytes_per_step = linearisation.num_bytes(1, y0.size, y0.dtype)
-            needed = chunk_that_fits(longest, bytes_per_step, linearisation.max_bytes)
-            chunk = max(chunk, needed)
-        return chunk
+        bytes_per_step = linearisation.num_bytes(1, y0.size, y0.dtype)
+        return chunk_that_fits(longest, bytes_per_step, linearisation.max_bytes)
 
     def _run_each(self, recurrence, plan) -> TrajectorySolution:
         """As `_run`; of a batch under `jax.vmap` one after the other, if each is long.
@@ -273,36 +288,36 @@ class Newton(AbstractMethod):
             self.progress_meter,
         )
 
-    def _tolerance(self, recurrence, size):
-        dtype = size.dtype
+    def _tolerance(self, recurrence, scale):
+        dtype = scale.dtype
         if self.rtol is None:
             rtol = ROUNDING_UNITS * jnp.asarray(recurrence.eps, dtype)
         else:
             rtol = jnp.asarray(self.rtol, dtype)
         # Below the smallest normal number relative accuracy has no meaning.
         atol = jnp.finfo(dtype).tiny if self.atol is None else self.atol
-        return jnp.asarray(atol, dtype) + jnp.broadcast_to(rtol, size.shape) * size
+        return jnp.asarray(atol, dtype) + jnp.broadcast_to(rtol, scale.shape) * scale
 
-    def _is_small(self, linearisation, recurrence, correction, ys, reach, largest):
+    def _is_small(self, linearisation, recurrence, linearised, correction):
         """Whether the correction is one that leaves nothing to correct.
 
         Residuals that are small each may add up, over many steps. The correction is
-        their sum to first order; what is left after it is of second order, so with half
-        the digits right before it, all of them are after it. Only where nobody has
-        asked for less. (With a Jacobian that leaves something out it is of first
-        order: then no more than what rounding adds up to will do.)
+        their sum to first order; what is left after it is of second order. (With a
+        Jacobian that leaves something out it is of first order: then no more than what
+        rounding adds up to will do, of errors with signs of their own.) Only where
+        nobody has asked for less.
         """
+        num_steps, dtype = correction.shape[0], correction.dtype
         if self.rtol is not None or self.atol is not None:
-            return jnp.ones(ys.shape[0], bool)
-        eps = jnp.asarray(recurrence.eps, ys.dtype)[None]
-        # No correction is smaller than rounding.
-        floor = _CORRECTION_UNITS * eps * jnp.maximum(recurrence.sizes(ys), reach)
-        bound = jnp.sqrt(eps) / 4 * recurrence.amplitudes(reach, largest)
+            return jnp.ones(num_steps, bool)
+        eps = jnp.asarray(recurrence.eps, dtype)[None]
+        share = _HALF_THE_DIGITS * jnp.sqrt(eps)
         if not linearisation.is_exact:
-            # Of rounding errors with signs of their own.
-            bound = jnp.minimum(bound, ys.shape[0] ** 0.5 * floor)
-        bound = bound + floor + jnp.finfo(ys.dtype).tiny
-        return jnp.all(jnp.abs(correction) <= bound, axis=-1)
+            share = jnp.minimum(share, num_steps**0.5 * _CORRECTION_UNITS * eps)
+        share = jnp.maximum(share, _CORRECTION_UNITS * eps)
+        bound = share * recurrence.largest_scale(linearised.scale)
+        size = linearised.in_units_of_defect(correction)
+        return jnp.all(size <= bound + jnp.finfo(dtype).tiny, axis=-1)
 
     def update(
         self,
@@ -318,15 +333,17 @@ class Newton(AbstractMethod):
         states are right, whatever they are.
         """
         is_known = jnp.arange(ys.shape[0], dtype=jnp.int32) < num_known
-        residual, A, defect, size, reach = recurrence.linearise(ys, linearisation)
-        error = jax.vmap(self.norm)(defect / self._tolerance(recurrence, size))
+        linearised = recurrence.linearise(ys, linearisation)
+        residual, A = linearised.residual, linearised.A
+        tolerance = self._tolerance(recurrence, linearised.scale)
+        error = jax.vmap(self.norm)(linearised.defect / tolerance)
         error = jnp.where(is_known, 0, error)
         residual = jnp.where(is_known[:, None], 0, residual)
         correction = scan_steps(A, residual)
         # Written so that NaN is not good.
         good = is_known | (
             (error <= 1)
-            & self._is_small(linearisation, recurrence, correction, ys, reach, largest)
+            & self._is_small(linearisation, recurrence, linearised, correction)
             & is_reasonable(ys + correction, largest)
         )
         values = jnp.maximum(jnp.abs(ys), jnp.abs(ys + residual))
@@ -371,10 +388,9 @@ Newton.__init__.__doc__ = """**Arguments:**
     `None` for the whole interval at once and nothing else.
 - `chunk`: how many steps are taken as one (shooting): the unknowns of the iteration are
     the states between chunks, and within a chunk states and tangents are carried along
-    in a loop. The answer is the same. Explicit steps only. By default one; on a CPU 16
-    to 64 from 512 steps on, where Jacobians are dense and `window` is free; and where
-    it is not free, as many as it takes for the Jacobians to fit into the memory that
-    the linearisation allows.
+    in a loop. The answer is the same. Explicit steps only. By default one; or, where
+    `window` is given and Jacobians are dense, as many as it takes for them to fit into
+    the memory that the linearisation allows.
 - `progress_meter`: shows how much of the trajectory is right: a progress meter of
     Diffrax, such as `diffrax.TqdmProgressMeter()`, or `None`.
 """

@@ -6,6 +6,7 @@ Given in place of the while loop a function that makes the loop's final state in
 parallel, everything before and after it stays Diffrax's own.
 """
 
+import functools as ft
 from typing import ClassVar
 
 import diffrax
@@ -21,7 +22,12 @@ from jaxtyping import Array, PyTree
 
 from ._counting import KnownSteps, is_subsaveat
 from ._discretisation import Grid, discretise, tracing_steps
-from ._implicit import give_derivatives, solve_trajectory
+from ._implicit import (
+    check_steps,
+    give_derivatives,
+    is_native,
+    solve_trajectory,
+)
 from ._misc import (
     StateFlattener,
     count_true,
@@ -31,8 +37,9 @@ from ._misc import (
     without_gradient,
 )
 from ._predictor import Trajectory
+from ._programs import without_checks
 from ._saving import SolvedGrid, save, set_where
-from ._solver import DEER, DEERState
+from ._solver import DEER, DEERState, parallel_loop
 
 
 def even_steps(t0, first, t1, num_steps: int) -> Grid:
@@ -125,7 +132,7 @@ def _controller_state(controller, state: State, num_steps):
     return (num_before + num_steps, *rest)
 
 
-def _first_event(event, state: State, grid: Grid, ys, args, event_kwargs):
+def _first_event(event, state: State, args, event_kwargs, grid: Grid, ys):
     """For each step the values of the conditions, and which of them was met first."""
 
     def values_and_mask(cond_fn, old, direction):
@@ -212,18 +219,37 @@ def _all_steps(
     else:
         # First without derivatives, to see how far the solve goes: what comes after an
         # event may be as wild as it likes, and its derivatives with it.
-        solution = solve_trajectory(without_gradient(discretised.recurrence), method)
+        solution = solve_trajectory(
+            without_gradient(discretised.recurrence), method, is_checked=False
+        )
         found = solution.ys
+        find_event = ft.partial(_first_event, event, state, args, event_kwargs)
         values, masks, had_event = without_gradient(
-            _first_event(
-                event, state, grid, discretised.states(found), args, event_kwargs
-            )
+            without_checks(find_event)(grid, discretised.states(found))
         )
         discretised = discretised.until(leading_true(~had_event) + 1)
-        trajectory = give_derivatives(
-            discretised.recurrence,
-            hold_last_good(discretised.recurrence.y0, found, discretised.grid.active),
-            method.exact_linearisation,
+        recurrence = discretised.recurrence
+        if is_native(recurrence, method):
+            trajectory = solve_trajectory(recurrence, method).ys
+        else:
+            found = hold_last_good(recurrence.y0, found, discretised.grid.active)
+            trajectory = give_derivatives(recurrence, found, method.exact_linearisation)
+            num_good = jnp.minimum(solution.num_good_steps, recurrence.num_steps)
+            trajectory = check_steps(recurrence, trajectory, num_good)
+        # Once more, for the checks in the conditions: only as far as the solve goes.
+        until = discretised.grid
+        ended = Grid(
+            jnp.where(until.active, until.tprev, until.tprev[0]),
+            jnp.where(until.active, until.tnext, until.tnext[0]),
+            until.active,
+        )
+        held = jtu.tree_map(
+            lambda y: jax.vmap(lambda a, y_i: jnp.where(a, y_i, y[0]))(until.active, y),
+            without_gradient(discretised.states(trajectory)),
+        )
+        _, checked, _ = find_event(ended, held)
+        masks = jtu.tree_map(
+            lambda m, c: jnp.where(solution.num_good_steps >= 0, m, c), masks, checked
         )
     recurrence = discretised.recurrence
     ys = discretised.states(trajectory)
@@ -345,6 +371,7 @@ def _all_steps(
     nonfinite = solution.first_nonfinite_step
     indices = jnp.arange(grid.num_steps, dtype=jnp.int32)
     stats = dict(
+        path=method.path(recurrence),
         **solution.stats(),
         # Neither padding nor what comes after an event counts.
         first_nonfinite_step=jnp.where(nonfinite < num_until, nonfinite, -1),
@@ -436,23 +463,24 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
             stats.update(new_stats)
             return state
 
-        final_state, aux_stats = self._loop(
-            args=args,
-            terms=terms,
-            solver=solver,
-            stepsize_controller=stepsize_controller,
-            event=event,
-            saveat=saveat,
-            t0=t0,
-            t1=t1,
-            dt0=dt0,
-            max_steps=max_steps,
-            init_state=init_state,
-            # The body is only looked at, never run.
-            inner_while_loop=lambda cond_fun, body_fun, init_val, **kw: init_val,
-            outer_while_loop=all_steps,
-            progress_meter=progress_meter,
-        )
+        with parallel_loop():
+            final_state, aux_stats = self._loop(
+                args=args,
+                terms=terms,
+                solver=solver,
+                stepsize_controller=stepsize_controller,
+                event=event,
+                saveat=saveat,
+                t0=t0,
+                t1=t1,
+                dt0=dt0,
+                max_steps=max_steps,
+                init_state=init_state,
+                # The body is only looked at, never run.
+                inner_while_loop=lambda cond_fun, body_fun, init_val, **kw: init_val,
+                outer_while_loop=all_steps,
+                progress_meter=progress_meter,
+            )
         return final_state, aux_stats | stats
 
 
@@ -463,13 +491,15 @@ class ParallelAdjoint(AbstractParallelAdjoint):
     max_steps=...)` gives the solution of `solver` on the same steps, with everything
     that Diffrax's `Solution` has. Its `stats` also hold
 
+    - `path`: `"newton"`, or `"sequential"` where [`deer_ode.Auto`][] chose a loop over
+        the steps;
     - `num_newton_steps`: iterations of Newton's method, over windows of the interval or
-        all of it; zero where [`deer_ode.Auto`][] chose a loop over the steps;
+        all of it; zero for sequential steps;
     - `newton_residual`: the largest residual of the converged steps, in units of the
         state, before the last correction;
     - `newton_damping`: the largest $\lambda$ of [`deer_ode.LevenbergMarquardt`][];
     - `num_windows`: how often a window moved on, and one;
-    - `num_fallback_steps`: how many steps were taken one after the other;
+    - `num_fallback_steps`: how many steps were sequential;
     - `first_nonfinite_step`: the first step to a state that is not finite, counted from
         zero; -1 if there is none.
 
@@ -479,8 +509,8 @@ class ParallelAdjoint(AbstractParallelAdjoint):
 
     Derivatives are exact, those of the discrete solution, forward and reverse and to
     any order, by the implicit function theorem, for which only the trajectory is kept;
-    or, on a CPU where that takes less time and at most 1 GiB, by back-propagation
-    through the loop over the steps.
+    or, where the steps are sequential, JAX's own of the loop over them, for which only
+    the trajectory is kept as well.
     """
 
     known: ClassVar[None] = None

@@ -20,15 +20,9 @@ from ._linearisation import AbstractLinearisation
 from ._misc import StateFlattener, finite, previous_states
 
 
-# What a state was so many steps ago says something about what is much for it now; what
-# it was long ago does not.
+# How many steps the inputs of a recurrence are remembered for: what a pulse did to the
+# scale of an entry is forgotten after one to two times as many.
 _MEMORY = 256
-
-# So many states before a part of a recurrence stand for those.
-_NUM_BEFORE = 15
-
-# Entries of one leaf share their units; what is this much smaller does not, perhaps.
-_MOST = 2**10
 
 
 class Linearised(NamedTuple):
@@ -44,12 +38,17 @@ class Linearised(NamedTuple):
     """What has to vanish, in the units in which it is computed. Where a step is a map
     it is the residual; where it is an equation, what that equation leaves.
     """
-    size: Trajectory
-    """The terms that cancel in `defect`, by their absolute values: rounding alone makes
-    a defect of this size times the rounding unit.
+    scale: Trajectory
+    r"""The terms that cancel in `defect`, by their absolute values: $|y_i| + |A_i|
+    |y_{i-1}|$ for a map, $|B_i| |y_i| + |C_i| |y_{i-1}|$ for an equation. Rounding
+    makes a defect of this size times the rounding unit.
     """
-    reach: Trajectory
-    """How large each entry is at most on the way from the state before to each one."""
+    B: Float[Array, "steps state state"] | None = None
+    """Of an equation: what brings a correction into the units of `defect`."""
+
+    def in_units_of_defect(self, correction: Trajectory) -> Trajectory:
+        size = jnp.abs(correction)
+        return size if self.B is None else apply(jnp.abs(self.B), size)
 
 
 class AbstractRecurrence(eqx.Module):
@@ -86,23 +85,22 @@ class AbstractRecurrence(eqx.Module):
         indices = jnp.arange(self.num_steps, dtype=jnp.int32)
         return lax.scan(step, self.y0, indices)[1]
 
-    @property
-    def num_before(self) -> int:
-        """How many of the states before a part of this recurrence that part has to
-        contain, for its `sizes` to be those of the whole.
-        """
-        return 0
-
     @abc.abstractmethod
     def part(
         self, start: Int[Array, ""], length: int, y0: State
     ) -> "AbstractRecurrence":
         """The steps from the zero-based `start` on, from the state `y0` before them."""
 
+    @abc.abstractmethod
+    def until(self, num_steps: Int[Array, ""]) -> "AbstractRecurrence":
+        """The same, where steps after the first `num_steps` do no harm, whatever the
+        states there.
+        """
+
     @property
     @abc.abstractmethod
-    def is_for_a_loop(self) -> bool:
-        """Whether on a CPU a loop over the steps takes less time than iterations."""
+    def prefers_sequential(self) -> bool:
+        """Whether on a CPU sequential steps take less time than iterations."""
 
     @abc.abstractmethod
     def choose(self, linearisation: AbstractLinearisation) -> AbstractLinearisation:
@@ -118,16 +116,18 @@ class AbstractRecurrence(eqx.Module):
     ) -> Linearised:
         """All steps at once, linearised about `ys`."""
 
-    @abc.abstractmethod
-    def sizes(self, ys: Trajectory) -> Trajectory:
-        """How large the numbers are in which `ys` are computed, entry by entry."""
-
-    def amplitudes(self, ys: Trajectory, largest: State, stride: int = 1) -> Trajectory:
-        """What is much for each entry at each step. `largest` is what it was at most
-        before, and `stride` how many steps there are from one of `ys` to the next.
+    def largest_scale(self, scale: Trajectory, stride: int = 1) -> Trajectory:
+        """The largest scale of each entry up to each step, so far as it matters there.
+        `stride` is how many steps there are from one row to the next.
         """
         del stride
-        return lax.cummax(jnp.maximum(finite(jnp.abs(ys)), largest[None]))
+        return lax.cummax(finite(scale))
+
+    @abc.abstractmethod
+    def evaluate(self, ys: Trajectory) -> Trajectory:
+        """What all steps make of the states `ys`, at once: the next states of maps, the
+        defects of equations. Differentiable.
+        """
 
     @abc.abstractmethod
     def linear_response(
@@ -194,6 +194,8 @@ class AbstractMapRecurrence(AbstractRecurrence):
         return self.f(y, jtu.tree_map(take, self.xs))
 
     def loop(self):
+        """Differentiable by JAX itself, also backwards."""
+
         def step(y, x):
             y = self.f(y, x)
             return y, y
@@ -210,7 +212,7 @@ class AbstractMapRecurrence(AbstractRecurrence):
         return None
 
     @property
-    def is_for_a_loop(self):
+    def prefers_sequential(self):
         return True
 
     def coarse_ends(self, every: int) -> Trajectory:
@@ -236,8 +238,7 @@ class AbstractMapRecurrence(AbstractRecurrence):
     def choose(self, linearisation):
         return linearisation.for_map(self.groups, self.y0.shape[0])
 
-    def evaluate(self, ys: Trajectory) -> Trajectory:
-        r"""$f(y_{i-1}, x_i)$ for all steps at once."""
+    def evaluate(self, ys):
         with self.tracing():
             values = jax.vmap(self.f, in_axes=(0, self.xs_axis))
             return values(previous_states(self.y0, ys), self.xs)
@@ -258,13 +259,14 @@ class AbstractMapRecurrence(AbstractRecurrence):
         values, A = self.jacobians(ys, linearisation)
         return self._linearised(ys, values, A, jnp.abs(ys))
 
-    def _linearised(self, ys, values, A, reach) -> Linearised:
+    def _linearised(self, ys, values, A, sizes) -> Linearised:
+        """`sizes` is how large the entries are by which a step rounds its value."""
         # Any finite matrix will do where there is no derivative.
         A = jtu.tree_map(lambda a: jnp.where(jnp.isfinite(a), a, 0), A)
         residual = values - ys
         before = jnp.abs(previous_states(self.y0, ys))
-        size = jnp.maximum(self.sizes(ys), reach) + apply(absolute(A), before)
-        return Linearised(residual, A, residual, size, reach)
+        scale = sizes + apply(absolute(A), before)
+        return Linearised(residual, A, residual, scale)
 
     def linear_response(self, ys, tangent, linearisation):
         _, t_values = eqx.filter_jvp(
@@ -313,10 +315,6 @@ class Recurrence(AbstractMapRecurrence):
     def is_explicit(self):
         return True
 
-    @property
-    def num_before(self):
-        return _NUM_BEFORE
-
     def groups(self):
         return self._groups
 
@@ -324,30 +322,24 @@ class Recurrence(AbstractMapRecurrence):
     def eps(self):
         return self.flattener.eps
 
-    def sizes(self, ys):
-        """Of a step only its value is seen, which may be next to nothing where it is
-        the difference of large terms. So the largest entry of its leaf, of this state
-        and the one before it, stands for these; unless this entry never was of such a
-        size.
-        """
-        own = finite(jnp.abs(jnp.concatenate([self.y0[None], ys])))
-        leaf = self.flattener.map_leaves(
-            lambda x: jnp.broadcast_to(jnp.max(x, -1, keepdims=True), x.shape), own
-        )
-        recent = jnp.maximum(leaf[1:], leaf[:-1])
-        return jnp.maximum(own[1:], jnp.minimum(recent, _MOST * lax.cummax(own)[1:]))
+    def until(self, num_steps):
+        """Steps after it repeat the first input."""
+        steps = jnp.arange(self.num_steps, dtype=jnp.int32)
+        keep = lambda x: jax.vmap(lambda i, x_i: jnp.where(i < num_steps, x_i, x[0]))
+        xs = jtu.tree_map(lambda x: keep(x)(steps, x), self.xs)
+        return eqx.tree_at(lambda r: r.xs, self, xs)
 
-    def amplitudes(self, ys, largest, stride=1):
+    def largest_scale(self, scale, stride=1):
         """What was before a pulse, or after it, is not small beside it."""
-        del largest
         memory = max(1, _MEMORY // stride)
-        own = finite(jnp.abs(jnp.concatenate([self.y0[None], ys])))
-        padding = -own.shape[0] % memory
-        stretches = jnp.pad(own, ((0, padding), (0, 0)))
-        stretches = stretches.reshape(-1, memory, own.shape[1])
+        scale = finite(scale)
+        padding = -scale.shape[0] % memory
+        stretches = jnp.pad(scale, ((0, padding), (0, 0)))
+        stretches = stretches.reshape(-1, memory, scale.shape[1])
         so_far = lax.cummax(stretches, axis=1)
         before = jnp.concatenate([so_far[:1, :1], so_far[:-1, -1:]])
-        return jnp.maximum(so_far, before).reshape(-1, own.shape[1])[1 : own.shape[0]]
+        largest = jnp.maximum(so_far, before)
+        return largest.reshape(-1, scale.shape[1])[: scale.shape[0]]
 
     def flatten(self, ys):
         return jax.vmap(self.flattener.flatten)(ys)

@@ -15,10 +15,11 @@ from ._implicit import solve_trajectory
 from ._method import (
     AbstractMethod,
     Sequential,
+    StaticString,
     TrajectorySolution,
     sequential_solution,
 )
-from ._misc import StateFlattener, previous_states
+from ._misc import StateFlattener, has_accelerator, previous_states
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import Recurrence
 
@@ -33,8 +34,9 @@ class RecurrenceSolution(NamedTuple):
     - `carries`: after each step, stacked, in the order of `xs`. It is what `guess=`
         takes: the next solve of a problem nearby starts from here.
     - `result`: an `optimistix.RESULTS`.
-    - `stats`: `num_steps`, `num_good_steps` (how many of them are the answer: all but
-        with `fallback=False`; after them are infinities), `num_newton_steps`,
+    - `stats`: `path` (`"sequential"` or `"newton"`), `num_steps`, `num_good_steps` (how
+        many of them are the answer: all but with `fallback=False`; after them are
+        infinities), `num_newton_steps`,
         `newton_residual` (the largest residual, in units of the carry, before the last
         correction), `newton_damping` (the largest $\lambda$), `num_windows` (how often
         a window moved on, and one), `num_fallback_steps` (how many steps were taken
@@ -59,6 +61,8 @@ def scan(
     method: AbstractMethod = Auto(),
     guess: PyTree = None,
     throw: bool = True,
+    unroll: int | bool = 1,
+    _split_transpose: bool = False,
 ) -> tuple[PyTree[Array], PyTree[Array]]:
     r"""`jax.lax.scan`, solved in parallel over the sequence.
 
@@ -67,17 +71,18 @@ def scan(
     The arguments up to `reverse`, and what is returned, are those of `jax.lax.scan`,
     and so is the answer, up to rounding: all carries are found together by Newton's
     method ([`deer_ode.Newton`][]), and what does not converge is taken sequentially;
-    or, where that is faster, all of it ([`deer_ode.Auto`][]). Derivatives of any order,
-    forward and reverse, are exact and cost one more affine scan each, or a loop where
-    that takes less time; no iteration is stored for them.
+    or, where that is faster (on a CPU), all of it, which then is `jax.lax.scan` itself
+    ([`deer_ode.Auto`][]). Derivatives of any order, forward and reverse, are exact and
+    cost one more affine scan each; no iteration is stored for them.
 
     It pays where the carry is small, or falls apart into small blocks, and the sequence
     is long; see [how to choose](how-to-choose.md).
 
-    `f` must be a pure function, with derivatives in forward mode (so no
-    `jax.custom_vjp`, but `jax.custom_jvp`). It is called at all steps together, also on
-    carries that are not the answer yet, so what it prints it prints for those too. Call
-    `scan` under `jax.jit`, or each call compiles anew.
+    `f` must be a pure function, and where steps are solved for in parallel one with
+    derivatives in forward mode (so no `jax.custom_vjp`, but `jax.custom_jvp`). There it
+    is called at all steps together, also on carries that are not the answer yet, so
+    what it prints it prints for those too; only its checks (`equinox.error_if`) are
+    made on the answer alone. Call `scan` under `jax.jit`, or each call compiles anew.
 
     **Arguments:**
 
@@ -93,6 +98,7 @@ def scan(
         in the order of `xs` (`carries` of a problem nearby), or a predictor. By
         default that of `method`, which for a recurrence is `init` everywhere. A loop
         has no use for it.
+    - `unroll`, `_split_transpose`: as `jax.lax.scan`; used where steps are sequential.
     - `throw`: whether to raise an error where the solve fails. It can fail only with
         `Newton(fallback=False)`; with `throw=False` use
         [`deer_ode.solve_recurrence`][], which says how it ended.
@@ -126,7 +132,16 @@ def scan(
         over the sequence length*, section 3.4.
     """
     sol = solve_recurrence(
-        f, init, xs, length, reverse, method=method, guess=guess, throw=throw
+        f,
+        init,
+        xs,
+        length,
+        reverse,
+        method=method,
+        guess=guess,
+        throw=throw,
+        unroll=unroll,
+        _split_transpose=_split_transpose,
     )
     return sol.carry, sol.ys
 
@@ -141,6 +156,8 @@ def solve_recurrence(
     method: AbstractMethod = Auto(),
     guess: PyTree = None,
     throw: bool = True,
+    unroll: int | bool = 1,
+    _split_transpose: bool = False,
 ) -> RecurrenceSolution:
     """As [`deer_ode.scan`][], and says how it went.
 
@@ -172,31 +189,34 @@ def solve_recurrence(
             "`method` must be `Auto()`, `Newton(...)` or `Sequential()`; got "
             f"{method!r}."
         )
+    options = dict(unroll=unroll, _split_transpose=_split_transpose)
     # The contract is that of `lax.scan` because it is `lax.scan` that checks it.
     structure = jax.eval_shape(
-        lambda init: lax.scan(f, init, xs, length, reverse), init
+        lambda init: lax.scan(f, init, xs, length, reverse, **options), init
     )
     _check_carry(structure[0])
     # As `lax.scan` does, so that a Python number may stand for an array.
     init = jtu.tree_map(lambda x, s: jnp.asarray(x, s.dtype), init, structure[0])
     xs = jtu.tree_map(jnp.asarray, xs)
     num_steps = jtu.tree_leaves(xs)[0].shape[0] if length is None else int(length)
-    if isinstance(method, Sequential):
-        return _sequential(f, init, xs, num_steps, reverse)
-    if num_steps == 0 or len(jtu.tree_leaves(init)) == 0:
-        return _sequential(f, init, xs, num_steps, reverse)
     guess = method.guess if guess is None else guess
     if not isinstance(guess, AbstractPredictor):
         _check_guess(guess, init, num_steps)
         guess = Trajectory(guess)
+    is_loop = isinstance(method, Sequential) or (
+        isinstance(method, Auto) and method.fallback and not has_accelerator()
+    )
+    if is_loop or num_steps == 0 or len(jtu.tree_leaves(init)) == 0:
+        return _sequential(f, init, xs, num_steps, reverse, options)
     if reverse:
         xs = _flip(xs)
         guess = _flip(guess) if isinstance(guess, Trajectory) else guess
     method = method.start_from(lax.stop_gradient(guess))
 
-    carries, solution = _solve_carries(f, init, xs, num_steps, method)
+    carries, solution, path = _solve_carries(f, init, xs, num_steps, method)
     carry = jtu.tree_map(lambda x: x[-1], carries)
-    ys = _outputs(f, init, xs, carries, structure[1])
+    num_good = None if method.fallback else solution.num_good_steps
+    ys = _outputs(f, init, xs, carries, num_good, structure[1])
     if reverse:
         ys, carries = _flip(ys), _flip(carries)
     result = method.result(solution, num_steps)
@@ -205,15 +225,18 @@ def solve_recurrence(
         carry, ys, carries = result.error_if(
             (carry, ys, carries), result != optx.RESULTS.successful
         )
-    stats = _stats(solution, reverse)
+    stats = _stats(solution, path, reverse)
     return RecurrenceSolution(carry, ys, carries, result, stats)
 
 
-def _stats(solution: TrajectorySolution, reverse: bool) -> dict[str, Any]:
+def _stats(
+    solution: TrajectorySolution, path: StaticString, reverse: bool
+) -> dict[str, Any]:
     num_steps, nonfinite = solution.ys.shape[0], solution.first_nonfinite_step
     if reverse:
         nonfinite = jnp.where(nonfinite < 0, nonfinite, num_steps - 1 - nonfinite)
     return dict(
+        path=path,
         num_steps=num_steps,
         num_good_steps=solution.num_good_steps,
         num_fallback_steps=solution.num_fallback_steps,
@@ -278,14 +301,27 @@ def _solve_carries(f, init, xs, num_steps: int, method: AbstractMethod):
     if not method.fallback:
         steps = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
         ys = jnp.where(steps < solution.num_good_steps, ys, jnp.inf)
-    return jax.vmap(recurrence.flattener.unflatten)(ys), solution
+    carries = jax.vmap(recurrence.flattener.unflatten)(ys)
+    return carries, solution, method.path(recurrence)
 
 
-def _outputs(f, init, xs, carries, structure):
-    """What the steps put out, all at once, from carries that are known."""
+def _outputs(f, init, xs, carries, num_good, structure):
+    """What the steps put out, all at once, from carries that are known: of the first
+    `num_good` steps if not of all.
+    """
     if len(jtu.tree_leaves(structure)) == 0:
         return structure
     before = jtu.tree_map(previous_states, init, carries)
+    if num_good is not None:
+        # What comes after it means nothing, so no check may see it.
+        is_good = jnp.arange(jtu.tree_leaves(carries)[0].shape[0]) < num_good
+        before = jtu.tree_map(
+            lambda x, first: jax.vmap(lambda g, x_i: jnp.where(g, x_i, first))(
+                is_good, x
+            ),
+            before,
+            init,
+        )
     shapes = jtu.tree_leaves(structure)
     with jax.default_matmul_precision("highest"):
         program = jax.make_jaxpr(f)(init, _one_of(xs)).jaxpr
@@ -303,18 +339,20 @@ def _outputs(f, init, xs, carries, structure):
     return jtu.tree_unflatten(jtu.tree_structure(structure), leaves)
 
 
-def _sequential(f, init, xs, num_steps: int, reverse: bool) -> RecurrenceSolution:
+def _sequential(
+    f, init, xs, num_steps: int, reverse: bool, options: dict[str, Any]
+) -> RecurrenceSolution:
     def step(carry, x):
         carry, y = f(carry, x)
         return carry, (carry, y)
 
     # The products as accurate as those of the other method.
     with jax.default_matmul_precision("highest"):
-        carry, (carries, ys) = lax.scan(step, init, xs, num_steps, reverse)
+        carry, (carries, ys) = lax.scan(step, init, xs, num_steps, reverse, **options)
     states = jnp.zeros((num_steps, 0), jnp.result_type(float))
     if num_steps > 0 and len(jtu.tree_leaves(init)) > 0:
         states = jax.vmap(StateFlattener(init).flatten)(carries)
     # In the order in which they were found.
     states = states[::-1] if reverse else states
-    stats = _stats(sequential_solution(states), reverse)
+    stats = _stats(sequential_solution(states), StaticString("sequential"), reverse)
     return RecurrenceSolution(carry, ys, carries, optx.RESULTS.successful, stats)

@@ -106,14 +106,14 @@ class Chunks(AbstractMapRecurrence):
 
         return lax.scan(step, y, inputs)
 
-    def _with_reach(self, y: State, inputs: Any) -> tuple[State, State]:
+    def _with_sizes(self, y: State, inputs: Any) -> tuple[State, State]:
         """Where a chunk ends, and how large each entry was on the way."""
 
         def step(carry, inputs):
-            y, reach = carry
+            y, sizes = carry
             y = self._take(y, inputs)
             now = finite(jnp.abs(lax.stop_gradient(y)))
-            return (y, jnp.maximum(reach, now)), None
+            return (y, jnp.maximum(sizes, now)), None
 
         return lax.scan(step, (y, jnp.zeros_like(y)), inputs)[0]
 
@@ -123,21 +123,17 @@ class Chunks(AbstractMapRecurrence):
         """
 
         def linearise_chunk(y, inputs):
-            through = lambda y: self._with_reach(y, inputs)
+            through = lambda y: self._with_sizes(y, inputs)
             return linearisation(through, y, has_aux=True)
 
         with self.tracing():
             all_chunks = jax.vmap(linearise_chunk, in_axes=(0, self.xs_axis))
-            (values, reach), A = all_chunks(previous_states(self.y0, ys), self.xs)
-        return self._linearised(ys, values, A, reach)
+            (values, sizes), A = all_chunks(previous_states(self.y0, ys), self.xs)
+        return self._linearised(ys, values, A, sizes)
 
     def part(self, start, length, y0):
         steps = self.steps.part(start * self.size, length * self.size, y0)
         return Chunks(steps, cut(self.xs, start, length, axis=1))
-
-    @property
-    def num_before(self):
-        return self.steps.num_before
 
     def groups(self):
         return self.steps.groups()
@@ -145,11 +141,11 @@ class Chunks(AbstractMapRecurrence):
     def tracing(self):
         return self.steps.tracing()
 
-    def sizes(self, ys):
-        return self.steps.sizes(ys)
+    def largest_scale(self, scale, stride=1):
+        return self.steps.largest_scale(scale, stride * self.size)
 
-    def amplitudes(self, ys, largest, stride=1):
-        return self.steps.amplitudes(ys, largest, stride * self.size)
+    def until(self, num_steps):
+        raise NotImplementedError("steps that do no harm are chosen before chunks")
 
     def padded(self, num_steps):
         raise NotImplementedError("chunks are padded when they are made")

@@ -1,6 +1,9 @@
 """`DEER`, a Diffrax solver whose one step is a window solved in parallel."""
 
+import contextlib
+import contextvars
 import functools as ft
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,9 +16,9 @@ from jaxtyping import Array, Float, Int, Real
 
 from ._auto import Auto
 from ._custom_types import Args, Y
-from ._discretisation import Grid, Obreshkov, check_one_step, discretise, one_step
+from ._discretisation import Grid, check_one_step, discretise, one_step
 from ._implicit import solve_trajectory
-from ._method import AbstractMethod
+from ._method import AbstractMethod, Sequential
 from ._misc import StateFlattener
 
 
@@ -63,6 +66,27 @@ def _has_adjoint_term(terms) -> bool:
     return any(is_adjoint(x) for x in jtu.tree_leaves(terms, is_leaf=is_adjoint))
 
 
+# Whether Diffrax's loop is run by an adjoint that takes all steps in parallel.
+_is_parallel = contextvars.ContextVar("is_parallel", default=False)
+
+
+@contextlib.contextmanager
+def parallel_loop():
+    """While an adjoint takes all steps of Diffrax's loop in parallel."""
+    token = _is_parallel.set(True)
+    try:
+        yield
+    finally:
+        _is_parallel.reset(token)
+
+
+def _describe(x: Any) -> str:
+    """For messages: a class where an instance is needed is a common slip."""
+    if isinstance(x, type):
+        return f"the class `{x.__name__}`: write `{x.__name__}()`"
+    return repr(x)
+
+
 class DEER(diffrax.AbstractWrappedSolver):
     r"""Takes the steps of a Diffrax solver in parallel over time.
 
@@ -94,7 +118,7 @@ class DEER(diffrax.AbstractWrappedSolver):
         Representations, arXiv:2309.12252.
     """
 
-    solver: diffrax.AbstractSolver = Obreshkov()
+    solver: diffrax.AbstractSolver = diffrax.Tsit5()
     method: AbstractMethod = Auto()
     num_substeps: int | None = eqx.field(static=True, default=None)
 
@@ -102,14 +126,14 @@ class DEER(diffrax.AbstractWrappedSolver):
         if not isinstance(self.solver, diffrax.AbstractSolver):
             raise ValueError(
                 "`DEER(solver)` needs an instance of a Diffrax solver, such as "
-                f"`diffrax.Tsit5()`; got {self.solver!r}."
+                f"`diffrax.Tsit5()`; got {_describe(self.solver)}."
             )
         if type(self.solver) is DEER:
             raise ValueError("`DEER(DEER(...))` makes no sense: give the base solver.")
         if not isinstance(self.method, AbstractMethod):
             raise ValueError(
                 "`DEER(method=...)` needs `Auto()`, `Newton(...)` or `Sequential()`; "
-                f"got {self.method!r}."
+                f"got {_describe(self.method)}."
             )
         if self.num_substeps is not None and not (
             isinstance(self.num_substeps, int) and self.num_substeps > 0
@@ -172,6 +196,15 @@ class DEER(diffrax.AbstractWrappedSolver):
     def step(self, terms, t0, t1, y0: Y, args: Args, solver_state, made_jump):
         del made_jump
         if self.num_substeps is None:
+            if not (_is_parallel.get() or isinstance(self.method, Sequential)):
+                warnings.warn(
+                    "`DEER` in `diffrax.diffeqsolve` makes its steps sequentially "
+                    "here: nothing is parallel. Use `deer_ode.diffeqsolve`, or give "
+                    "`adjoint=deer_ode.ParallelAdjoint()` and `max_steps`, or "
+                    "`DEER(..., num_substeps=...)`. If sequential steps are meant, "
+                    "say `DEER(..., method=deer_ode.Sequential())`.",
+                    stacklevel=2,
+                )
             y1, y_error, dense_info, result = one_step(
                 self.solver, terms, t0, t1, y0, args
             )
@@ -225,8 +258,9 @@ DEER.__init__.__doc__ = """**Arguments:**
 
 - `solver`: the base solver: any one-step solver of Diffrax, explicit or implicit, for
     ordinary, controlled or stochastic differential equations, or one of this package.
-    Defaults to [`deer_ode.Obreshkov`][]`()`, of order 6, for which parallel time needs
-    the least work on smooth ordinary differential equations.
+    Defaults to `diffrax.Tsit5()`, which Diffrax recommends as well: of a step it needs
+    no more than the field, and Newton's method the field's first derivative. For
+    smooth fields and small states [`deer_ode.Obreshkov`][] needs the least work.
 - `method`: how to solve for all steps: [`deer_ode.Auto`][] (the default),
     [`deer_ode.Newton`][] or [`deer_ode.Sequential`][].
 - `num_substeps`: into how many sub-steps to divide each step that Diffrax makes, for

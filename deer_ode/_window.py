@@ -75,13 +75,9 @@ class Window(eqx.Module):
                 f"the longest to the shortest; got {self.length!r}."
             )
 
-    def lengths(self, num_steps: int, is_cpu: bool, chunk: int) -> tuple[int, ...]:
-        """The windows for so many steps, from the longest to the shortest, where so
-        many of them are taken as one.
-        """
-        if self.length is None and is_cpu and chunk > 1:
-            lengths = (_CPU_WHOLE * chunk,)
-        elif self.length is None and is_cpu:
+    def lengths(self, num_steps: int, is_cpu: bool) -> tuple[int, ...]:
+        """The windows for so many steps, from the longest to the shortest."""
+        if self.length is None and is_cpu:
             lengths = (num_steps if num_steps <= _CPU_WHOLE else _CPU,)
         elif self.length is None:
             lengths = (num_steps, *_ACCELERATOR)
@@ -96,9 +92,9 @@ Window.__init__.__doc__ = """**Arguments:**
 
 - `length`: how many steps a window spans; or several lengths, from the longest to the
     shortest, each of which is compiled. By default, on a CPU, the whole interval up to
-    1,024 steps and 256 where there are more, or 1,024 times as many as are taken as one
-    (`chunk` of [`Newton`][deer_ode.Newton]); on accelerators the whole interval, then
-    4,096, then 256.
+    1,024 steps and 256 where there are more; on accelerators the whole interval, then
+    4,096, then 256. Where several steps are taken as one (`chunk` of
+    [`Newton`][deer_ode.Newton]) it is as many of these as fit into the length.
 """
 
 
@@ -173,12 +169,6 @@ class March:
     def num_steps(self) -> int:
         return self.recurrence.num_steps
 
-    def _span(self, rung):
-        """How many steps are looked at for a window. What the sizes of states are
-        judged by may begin before it.
-        """
-        return min(self.lengths[rung] + self.recurrence.num_before, self.num_steps)
-
     def begin(self, ys: Trajectory | None = None) -> Progress:
         """From `ys`, or else from the guess."""
         y0, num_steps = self.recurrence.y0, self.num_steps
@@ -186,7 +176,7 @@ class March:
         num_guessed = jnp.asarray(num_steps, jnp.int32)
         is_local = self.guess.anew() is self.guess
         # A window that spans everything is never entered, so it must have its guess.
-        spans_all = self._span(0) == num_steps
+        spans_all = self.lengths[0] == num_steps
         if ys is None and (spans_all or not is_local):
             ys = self.guess(self.recurrence)
         if ys is None:
@@ -250,7 +240,7 @@ class March:
 
     def _iterate_window(self, rung, progress):
         recurrence, num_steps = self.recurrence, self.num_steps
-        length = self._span(rung)
+        length = self.lengths[rung]
         if length == num_steps:
             start = jnp.asarray(0, jnp.int32)
             if len(self.lengths) > 1:
@@ -259,8 +249,7 @@ class March:
                 progress = self._hold_unknown(progress)
             part, ys = recurrence, progress.ys
         else:
-            start = jnp.maximum(progress.num_good - recurrence.num_before, 0)
-            start = jnp.minimum(start, num_steps - length)
+            start = jnp.minimum(progress.num_good, num_steps - length)
             progress = self._guess_entering(start + length, length, progress)
             part = self._part(progress.ys, start, length)
             ys = lax.dynamic_slice_in_dim(progress.ys, start, length)

@@ -68,7 +68,7 @@ class _AveragedRecurrence(AbstractEquationRecurrence):
         still = previous_states(self.y0, ys) - ys
         return jnp.where(self.grid.active[:, None], F, still)
 
-    def defects(self, ys):
+    def evaluate(self, ys):
         return self._padded(ys, jax.vmap(self._defect)(*self._inputs(ys)))
 
     def blocks(self, ys, exact):

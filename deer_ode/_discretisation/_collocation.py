@@ -210,7 +210,7 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
         F = jnp.where(self.grid.active[:, None, None], entries, padded)
         return F.reshape(ys.shape)
 
-    def defects(self, ys):
+    def evaluate(self, ys):
         starts, stages, ends, increments, ts, x = self._unknowns(ys)
         values = self._per_stage(self.equation)(ts, stages, increments, x)
         return self._assemble(ys, values, starts, stages, ends)

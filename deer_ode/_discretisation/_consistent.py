@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener
+from .._programs import without_checks
 from ._implicit_terms import AbstractImplicitTerm
 from ._step_map import tracing_steps
 
@@ -81,6 +82,7 @@ def consistent_initial_values(
     dtype = flattener.dtype
     t0 = jnp.asarray(t0, jnp.result_type(float) if isinstance(t0, int) else None)
 
+    @without_checks
     def equation(t, y, dy):
         left = term.residual(t, flattener.unflatten(y), flattener.unflatten(dy), args)
         with jax.numpy_dtype_promotion("standard"):

@@ -20,7 +20,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._affine import apply
 from .._custom_types import Args, Mask, State, Trajectory, Y
@@ -137,11 +137,11 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         grid = cut(self.grid, start, length)
         return eqx.tree_at(lambda r: (r.y0, r.grid), self, (y0, grid))
 
-    def until(self, num_steps: Int[Array, ""]) -> "AbstractEquationRecurrence":
+    def until(self, num_steps):
         return eqx.tree_at(lambda r: r.grid, self, self.grid.until(num_steps))
 
     @abc.abstractmethod
-    def defects(self, ys: Trajectory) -> Trajectory:
+    def evaluate(self, ys: Trajectory) -> Trajectory:
         """$F_i$ of all steps, differentiable in the leaves of this recurrence."""
 
     @abc.abstractmethod
@@ -192,9 +192,6 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             )
         return linearisation
 
-    def sizes(self, ys):
-        return jnp.abs(ys)
-
     def linearise(self, ys, linearisation):
         del linearisation  # all of it
         with tracing_steps():
@@ -204,14 +201,14 @@ class AbstractEquationRecurrence(AbstractRecurrence):
                 F = jnp.where(is_singular(B)[:, None], jnp.nan, F)
             solved = solve_blocks(B, -jnp.concatenate([F[..., None], C], axis=-1))
             before = jnp.abs(previous_states(self.y0, ys))
-            size = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
-        return Linearised(solved[..., 0], solved[..., 1:], F, size, reach=jnp.abs(ys))
+            scale = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
+        return Linearised(solved[..., 0], solved[..., 1:], F, scale, B)
 
     def linear_response(self, ys, tangent, linearisation):
         del linearisation  # it is the exact one that is asked for
         with tracing_steps():
             _, F_dot = eqx.filter_jvp(
-                lambda recurrence: recurrence.defects(ys), (self,), (tangent,)
+                lambda recurrence: recurrence.evaluate(ys), (self,), (tangent,)
             )
             _, B, C = self.blocks(ys, exact=True)
             # Apart, since only one of them is linear in the tangent.
@@ -243,7 +240,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return jnp.where(is_good, end, jnp.nan)
 
     @property
-    def is_for_a_loop(self) -> bool:
+    def prefers_sequential(self) -> bool:
         return True  # to solve each step alone is what the check of solutions takes
 
     def is_sequential_answer(self, ys: Trajectory) -> Mask | None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from .._affine import apply
 from .._custom_types import Args, State, Y
-from .._misc import finite
+from .._misc import finite, has_accelerator
 
 
 def _weighted_sum(weights, ks):
@@ -51,8 +51,15 @@ def explicit_rk_step(
 
     Diffrax runs the stages in a loop, which compiles fast once per solve. Here the
     step is taken at all points of a grid at the same time, and written out the stages
-    become one fused kernel over the grid; forward mode goes through them as well.
+    become one fused kernel over the grid of an accelerator; forward mode goes through
+    them as well.
+
+    On a CPU XLA would fuse all stages too, and evaluate each of them anew for every
+    use of every number. Kept apart, a loop over steps took 0.2 to 1.0 times as long
+    (256 coupled states 0.24 ms for 1.26, Hodgkin--Huxley 0.30 for 1.15,
+    Lotka--Volterra 0.45 for 0.56), its gradient 0.05 to 1.0 times (JAX 0.12).
     """
+    apart = (lambda x: x) if has_accelerator() else lax.optimization_barrier
     tableau = solver.tableau
     assert isinstance(tableau, diffrax.ButcherTableau)
     control = terms.contr(t0, t1)
@@ -64,10 +71,10 @@ def explicit_rk_step(
             c = 0.0 if tableau.c1 is None else tableau.c1
         else:
             c = tableau.c[stage - 1]
-            y = _add(y0, _weighted_sum(tableau.a_lower[stage - 1], ks))
+            y = apart(_add(y0, _weighted_sum(tableau.a_lower[stage - 1], ks)))
         # No rounding at the ends, as in Diffrax.
         t = t0 if c == 0 else t1 if c == 1 else t0 + jnp.asarray(c, dt.dtype) * dt
-        ks.append(terms.vf_prod(t, y, args, control))
+        ks.append(apart(terms.vf_prod(t, y, args, control)))
     y1 = y if tableau.ssal else _add(y0, _weighted_sum(tableau.b_sol, ks))
     y_error = _weighted_sum(tableau.b_error, ks)
     if y_error is None:

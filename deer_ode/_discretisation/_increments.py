@@ -22,6 +22,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._custom_types import State
+from .._programs import body_of, closed, constants_of
 
 
 class _Request(NamedTuple):
@@ -179,8 +180,8 @@ class Draw(eqx.Module):
             return []
         # It was made sure that the state makes no difference.
         state = jnp.zeros(self._state.shape, self._state.dtype)
-        jaxpr = jex.core.ClosedJaxpr(self._jaxpr, self._consts)
-        out = jex.core.jaxpr_as_fun(jaxpr)(state, *jtu.tree_leaves(x))
+        program = closed(self._jaxpr, self._consts)
+        out = jex.core.jaxpr_as_fun(program)(state, *jtu.tree_leaves(x))
         return jtu.tree_unflatten(self._structure, out)
 
     def use(self, terms, increments: list[PyTree[Array]]):
@@ -238,8 +239,8 @@ def record_draw(step: Callable, terms, y: State, x: PyTree[Array]) -> Draw:
         step(_replace_paths(terms, recorder), y, x)
         return tape.increments
 
-    closed, out, static = eqx.filter_make_jaxpr(draw)(y, x)
-    jaxpr = closed.jaxpr
+    program, out, static = eqx.filter_make_jaxpr(draw)(y, x)
+    jaxpr = body_of(program)
     # From within a loop a value of no meaning outside gets here, as a constant.
     made = {v for equation in jaxpr.eqns for v in equation.outvars}
     is_plain = all(
@@ -253,7 +254,7 @@ def record_draw(step: Callable, terms, y: State, x: PyTree[Array]) -> Draw:
         return _NOTHING
     consts = [
         (v, c)
-        for v, c in zip(jaxpr.constvars, closed.consts, strict=True)
+        for v, c in zip(jaxpr.constvars, constants_of(program), strict=True)
         if v in needed
     ]
     jaxpr = jaxpr.replace(eqns=equations, constvars=[v for v, _ in consts])

@@ -233,7 +233,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
             F += c * h ** (j + 1) * (start[:, j] + (-1) ** j * end[:, j])
         return F
 
-    def defects(self, ys):
+    def evaluate(self, ys):
         start, end = self._at_ends(ys, self._tower(self.num_derivatives))
         return self._combine(ys, start, end, self.num_derivatives)
 
@@ -260,7 +260,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         return self._combine(ys, start, end, num), B, C
 
     @property
-    def is_for_a_loop(self):
+    def prefers_sequential(self):
         return False
 
     @property

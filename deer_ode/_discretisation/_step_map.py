@@ -14,8 +14,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from equinox import _errors as _equinox_errors
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._blocks import connected
 from .._custom_types import Args, Mask, State, Trajectory, Y
@@ -97,34 +96,9 @@ def _with_differentiable_loops(solver):
     return eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
 
 
-_SETTING = "EQX_ON_ERROR"
-
-
-@contextlib.contextmanager
-def errors_as_nan():
-    """While tracing: what would abort the program gives NaN instead.
-
-    An iterate of Newton's method may be far from any solution, and an implicit step
-    from there may well fail. Equinox's run-time errors would end the whole program,
-    where only the answer counts. NaN is what the iteration knows how to deal with.
-
-    This is `EQX_ON_ERROR=nan` for the steps of a solve. Equinox has no public way to
-    say it for a part of a program; a setting other than its default is respected.
-    """
-    before = getattr(_equinox_errors, _SETTING)
-    if before == "raise":
-        setattr(_equinox_errors, _SETTING, "nan")
-    try:
-        yield
-    finally:
-        setattr(_equinox_errors, _SETTING, before)
-
-
-@contextlib.contextmanager
-def tracing_steps():
-    """How the steps of a parallel solve are traced: full precision, no aborts."""
-    with jax.default_matmul_precision("highest"), errors_as_nan():
-        yield
+def tracing_steps() -> contextlib.AbstractContextManager:
+    """How the steps of a solve are traced: at full precision of products."""
+    return jax.default_matmul_precision("highest")
 
 
 def one_step(solver: diffrax.AbstractSolver, terms, t0, t1, y0: Y, args: Args):
@@ -172,8 +146,9 @@ class StepMap(AbstractMapRecurrence):
     y0: Float[Array, " state"]
     xs: StepInputs
     draw: Draw
-    interpolate: Callable[..., State]
-    half_way: Callable[[State, StepInputs], State] | None
+    interpolate: Callable[..., State] = eqx.field(static=True)
+    """`(y, x, t)`: the solution at `t` within the step `x` from `y`."""
+    half_way: Callable[[State, StepInputs], State] | None = eqx.field(static=True)
     """The field in the middle of a step, times its length, for explicit ones."""
     num_stages: int = eqx.field(static=True)
     flattener: StateFlattener
@@ -221,13 +196,13 @@ class StepMap(AbstractMapRecurrence):
             self.xs = StepInputs(grid, jax.vmap(draw)(grid))
             x = jtu.tree_map(lambda x: x[0], self.xs)
             self.f = eqx.filter_closure_convert(step, flat_y0, x)
-            self.interpolate = eqx.filter_closure_convert(
-                interpolate, flat_y0, x, first.tnext
-            )
-            self.half_way, self.num_stages = None, 1
-            if is_explicit_rk(solver):
-                self.half_way = eqx.filter_closure_convert(half_way_through, flat_y0, x)
-                self.num_stages = solver.tableau.num_stages  # pyright: ignore
+        # Traced only where they are used: for saves, and for guesses and iterations,
+        # whose derivatives nobody asks for.
+        self.interpolate = interpolate
+        self.half_way, self.num_stages = None, 1
+        if is_explicit_rk(solver):
+            self.half_way = half_way_through
+            self.num_stages = solver.tableau.num_stages  # pyright: ignore
         self.y0 = flat_y0
         self.harmless = (flat_y0, x)
         self.is_explicit = is_explicit_rk(solver)
@@ -243,14 +218,21 @@ class StepMap(AbstractMapRecurrence):
     def flatten(self, ys: PyTree[Array]):
         return jax.vmap(self.flattener.flatten)(ys)
 
-    def sizes(self, ys):
-        return jnp.abs(ys)  # a step moves a state by little
-
     def groups(self):
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         y0 = jax.ShapeDtypeStruct(self.y0.shape, self.y0.dtype)
         found = dependence(self.f, y0, jtu.tree_map(one, self.xs))
         return None if found is None else connected(found)
+
+    def loop(self):
+        """Backwards a step is evaluated once more, and only the states are stored."""
+        step = jax.checkpoint(lambda y, x: self.f(y, x))  # pyright: ignore
+
+        def take(y, x):
+            y = step(y, x)
+            return y, y
+
+        return lax.scan(take, self.y0, self.xs)[1]
 
     def _harmless(self, ys) -> tuple[Trajectory, Mask, Trajectory, StepInputs]:
         """Values, and where each step may be differentiated.
@@ -282,7 +264,7 @@ class StepMap(AbstractMapRecurrence):
         )
         return eqx.tree_at(lambda r: r.xs.grid, padded, grid)
 
-    def until(self, num_steps: Int[Array, ""]) -> "StepMap":
+    def until(self, num_steps):
         return eqx.tree_at(lambda r: r.xs.grid, self, self.xs.grid.until(num_steps))
 
     def tracing(self):
@@ -303,7 +285,6 @@ class StepMap(AbstractMapRecurrence):
             return self
         return eqx.tree_at(lambda r: r.f, self, SimplifiedStep(self.f, self.half_way))
 
-    # Rules of derivatives are traced where they are used: errors in them as well.
     def evaluate(self, ys):
         with self.tracing():
             if self.is_explicit:

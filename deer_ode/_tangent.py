@@ -1,17 +1,13 @@
-r"""How a solution answers a change of what it depends on, in bounded memory.
+r"""The tangent of a solution with respect to what it depends on, in bounded memory.
 
 $$\dot y_i = A_i \dot y_{i-1} + b_i, \qquad \dot y_0 = 0,$$
 
 along the solution, with exact Jacobians $A_i$. All of them at once take $O(T n^2)$
-memory. They are worked out anew from the states where they are needed, so it is enough
-to hold those of one window, and the windows follow one another; or none at all, if
-$A_i \dot y_{i-1}$ is worked out step by step.
+memory. They are computed from the states where they are needed, so it is enough to hold
+those of one window, and the windows follow one another.
 """
 
-from typing import Any
-
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -19,11 +15,11 @@ import jax.tree_util as jtu
 from ._affine import apply, scan_steps, scan_steps_transposed, shift
 from ._custom_types import Trajectory
 from ._linearisation import AbstractLinearisation
-from ._misc import previous_states, state_at
+from ._misc import state_at
 from ._recurrence import AbstractMapRecurrence, cut
 
 
-def response_in_windows(
+def tangent_in_windows(
     recurrence: AbstractMapRecurrence,
     ys: Trajectory,
     b: Trajectory,
@@ -89,44 +85,3 @@ def response_in_windows(
         solve=lambda _, b: over_windows(forwards, b, False),
         transpose_solve=lambda _, b: over_windows(backwards, b, True),
     )
-
-
-def response_in_turn(
-    recurrence: AbstractMapRecurrence, ys: Trajectory, b: Trajectory
-) -> Trajectory:
-    """Step by step, for explicit steps: what JAX makes of the loop, less its primal."""
-
-    # The primal part is worked out again rather than kept.
-    @jax.checkpoint
-    def step(t_y, inputs):
-        y, x, b, is_first = inputs
-        _, moved = jax.jvp(lambda y: recurrence.f(y, x), (y,), (t_y,))
-        # There is nothing for the first one to move, even if it is not finite.
-        return (jnp.where(is_first, 0, moved) + b,) * 2
-
-    is_first = jnp.arange(ys.shape[0], dtype=jnp.int32) == 0
-    inputs = previous_states(recurrence.y0, ys), recurrence.xs, b, is_first
-    with recurrence.tracing():
-        return lax.scan(step, jnp.zeros_like(ys[0]), inputs)[1]
-
-
-def jvp_of_loop(
-    recurrence: AbstractMapRecurrence, tangent: Any
-) -> tuple[Trajectory, Trajectory]:
-    """The solution and its answer, as JAX has both of the loop: transposed it is
-    back-propagation, for which something of every step is kept.
-    """
-
-    def loop(recurrence):
-        with recurrence.tracing():
-            if tangent.y0 is not None:
-                return recurrence.loop()
-            # Where `y0` does not change there is nothing for the first step to move,
-            # even if it is not finite: so it is taken by itself.
-            x = jtu.tree_map(lambda x: x[0], recurrence.xs)
-            y1 = recurrence.f(recurrence.y0, x)
-            rest = jtu.tree_map(lambda x: x[1:], recurrence.xs)
-            rest = eqx.tree_at(lambda r: (r.y0, r.xs), recurrence, (y1, rest))
-            return jnp.concatenate([y1[None], rest.loop()])
-
-    return eqx.filter_jvp(loop, (recurrence,), (tangent,))
