@@ -62,7 +62,8 @@ class Discretised(NamedTuple):
         # interpolation needs of all steps.
         start = previous_states(recurrence.y0, ys)[index]
         xs = jtu.tree_map(lambda x: x[index], recurrence.xs)
-        flat = jax.vmap(recurrence.interpolate)(start, xs, ts)
+        _, info = jax.vmap(recurrence.with_info)(start, xs)
+        flat = jax.vmap(recurrence.between)(xs, info, ts)
         return jax.vmap(recurrence.flattener.unflatten)(flat)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import diffrax
 import equinox as eqx
 import jax
+import jax.flatten_util as jfu
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -30,6 +31,16 @@ def _add(y, increment):
     if increment is None:
         return y
     return jtu.tree_map(lambda a, b: a + b, y, increment)
+
+
+def _as_one_leaf(y: Y) -> tuple[Callable[[Y], Y], Callable[[Y], Y]]:
+    """To one vector and back, where all leaves are of one dtype: what is computed for
+    each leaf of its own compiles many times as long.
+    """
+    leaves = jtu.tree_leaves(y)
+    if len(leaves) < 2 or len({x.dtype for x in leaves}) > 1:
+        return (lambda y: y), (lambda y: y)
+    return lambda y: jfu.ravel_pytree(y)[0], jfu.ravel_pytree(y)[1]
 
 
 def is_explicit_rk(solver: diffrax.AbstractSolver) -> bool:
@@ -60,27 +71,28 @@ def explicit_rk_step(
     Lotka--Volterra 0.45 for 0.56), its gradient 0.05 to 1.0 times (JAX 0.12).
     """
     apart = (lambda x: x) if has_accelerator() else lax.optimization_barrier
+    join, split = _as_one_leaf(y0)
     tableau = solver.tableau
     assert isinstance(tableau, diffrax.ButcherTableau)
     control = terms.contr(t0, t1)
     dt = t1 - t0
     ks = []
-    y = y0
+    y = start = join(y0)
     for stage in range(tableau.num_stages):
         if stage == 0:
             c = 0.0 if tableau.c1 is None else tableau.c1
         else:
             c = tableau.c[stage - 1]
-            y = apart(_add(y0, _weighted_sum(tableau.a_lower[stage - 1], ks)))
+            y = apart(_add(start, _weighted_sum(tableau.a_lower[stage - 1], ks)))
         # No rounding at the ends, as in Diffrax.
         t = t0 if c == 0 else t1 if c == 1 else t0 + jnp.asarray(c, dt.dtype) * dt
-        ks.append(apart(terms.vf_prod(t, y, args, control)))
-    y1 = y if tableau.ssal else _add(y0, _weighted_sum(tableau.b_sol, ks))
+        ks.append(apart(join(terms.vf_prod(t, split(y), args, control))))
+    y1 = split(y if tableau.ssal else _add(start, _weighted_sum(tableau.b_sol, ks)))
     y_error = _weighted_sum(tableau.b_error, ks)
     if y_error is None:
-        y_error = jtu.tree_map(jnp.zeros_like, y0)
-    k = jtu.tree_map(lambda *x: jnp.stack(x), *ks)
-    return y1, y_error, dict(y0=y0, y1=y1, k=k)
+        y_error = jtu.tree_map(jnp.zeros_like, start)
+    k = jax.vmap(split)(jtu.tree_map(lambda *x: jnp.stack(x), *ks))
+    return y1, split(y_error), dict(y0=y0, y1=y1, k=k)
 
 
 # Of the exponential's series. One Jacobian in the middle of a step is off by the third

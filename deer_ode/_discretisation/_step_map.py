@@ -6,7 +6,7 @@ nothing but the state passes from step to step, so all steps can be taken at onc
 
 import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -115,12 +115,6 @@ def one_step(solver: diffrax.AbstractSolver, terms, t0, t1, y0: Y, args: Args):
     return y1, y_error, dense_info, result
 
 
-def interpolate_step(solver, terms, t0, t1, y0: Y, args: Args, t) -> Y:
-    """The solution at `t` within the step from `t0` to `t1`, as the solver has it."""
-    _, _, dense_info, _ = one_step(solver, terms, t0, t1, y0, args)
-    return solver.interpolation_cls(t0=t0, t1=t1, **dense_info).evaluate(t)
-
-
 class StepInputs(NamedTuple):
     """What tells one step from another; the fields are stacked over the grid."""
 
@@ -146,8 +140,10 @@ class StepMap(AbstractMapRecurrence):
     y0: Float[Array, " state"]
     xs: StepInputs
     draw: Draw
-    interpolate: Callable[..., State] = eqx.field(static=True)
-    """`(y, x, t)`: the solution at `t` within the step `x` from `y`."""
+    with_info: Callable[[State, StepInputs], tuple[State, Any]] = eqx.field(static=True)
+    """`(y, x)`: a step that is made, and what its interpolation needs."""
+    between: Callable[..., State] = eqx.field(static=True)
+    """`(x, info, t)`: the solution at `t` within the step `x`."""
     half_way: Callable[[State, StepInputs], State] | None = eqx.field(static=True)
     """The field in the middle of a step, times its length, for explicit ones."""
     num_stages: int = eqx.field(static=True)
@@ -181,13 +177,15 @@ class StepMap(AbstractMapRecurrence):
             change = flattener.flatten(half_way(terms_now, t0, t1, y, args))
             return select(change, jnp.zeros_like(change))
 
-        def interpolate(y, x, t):
-            terms_now = draw.use(terms, x.increments)
+        def with_info(y, x):
+            terms_now, y = draw.use(terms, x.increments), flattener.unflatten(y)
             t0, t1 = x.grid.tprev, x.grid.tnext
-            y = flattener.unflatten(y)
-            return flattener.flatten(
-                interpolate_step(solver, terms_now, t0, t1, y, args, t)
-            )
+            y1, _, info, _ = one_step(solver, terms_now, t0, t1, y, args)
+            return flattener.flatten(y1), info
+
+        def between(x, info, t):
+            step = solver.interpolation_cls(t0=x.grid.tprev, t1=x.grid.tnext, **info)
+            return flattener.flatten(step.evaluate(t))
 
         # Whatever the vector field closes over becomes a leaf of this recurrence, so
         # that derivatives reach it. The precision holds for all products traced here.
@@ -198,7 +196,7 @@ class StepMap(AbstractMapRecurrence):
             self.f = eqx.filter_closure_convert(step, flat_y0, x)
         # Traced only where they are used: for saves, and for guesses and iterations,
         # whose derivatives nobody asks for.
-        self.interpolate = interpolate
+        self.with_info, self.between = with_info, between
         self.half_way, self.num_stages = None, 1
         if is_explicit_rk(solver):
             self.half_way = half_way_through
@@ -303,8 +301,8 @@ class StepMap(AbstractMapRecurrence):
             return values, A
 
     def _coarse(self, every):
-        """Where strides of `every` steps end, one after the other; what they were, and
-        the sums of Brownian increments from the start of each stride.
+        """Where strides of `every` sequential steps end, what their interpolation needs,
+        what they were, and the sums of Brownian increments from the start of each.
         """
         grid = self.xs.grid
         coarse_grid = grid.coarsen(every)
@@ -324,28 +322,32 @@ class StepMap(AbstractMapRecurrence):
             coarse = StepInputs(coarse_grid, jtu.tree_map(lambda x: x[:, -1], sums))
 
         def step(y, x):
-            y = self.f(y, x)
-            return y, y
+            if sums is not None:
+                y = self.f(y, x)
+                return y, (y, None)
+            y1, info = self.with_info(y, x)
+            y1 = jnp.where(x.grid.active, y1, y)
+            return y1, (y1, info)
 
-        _, ends = lax.scan(step, self.y0, coarse)
-        return hold_last_good(self.y0, ends, is_reasonable(ends)), coarse, sums
+        _, (ends, infos) = lax.scan(step, self.y0, coarse)
+        ends = hold_last_good(self.y0, ends, is_reasonable(ends))
+        return ends, infos, coarse, sums
 
     def coarse_ends(self, every):
         return self._coarse(every)[0]
 
     def coarse_trajectory(self, every):
         grid, num_steps = self.xs.grid, self.num_steps
-        ends, coarse, sums = self._coarse(every)
+        ends, infos, coarse, sums = self._coarse(every)
         if every == 1:
             return ends
         num_coarse = ends.shape[0]
         padding = num_coarse * every - num_steps
-        starts = previous_states(self.y0, ends)
         if sums is None:
             # Within a coarse step only the time differs, so the step is taken once.
             ts = jnp.pad(grid.tnext, (0, padding), mode="edge")
-            between = jax.vmap(jax.vmap(self.interpolate, in_axes=(None, None, 0)))
-            ys = between(starts, coarse, ts.reshape(num_coarse, every))
+            between = jax.vmap(jax.vmap(self.between, in_axes=(None, None, 0)))
+            ys = between(coarse, infos, ts.reshape(num_coarse, every))
             ys = ys.reshape(num_coarse * every, -1)[:num_steps]
         else:
             # An interpolant knows nothing of the path between its ends, while the
@@ -355,5 +357,5 @@ class StepMap(AbstractMapRecurrence):
             parts = Grid(coarse.grid.tprev[which], grid.tnext, grid.active)
             one_axis = lambda x: x.reshape(-1, *x.shape[2:])[:num_steps]
             parts = StepInputs(parts, jtu.tree_map(one_axis, sums))
-            ys = jax.vmap(self.f)(starts[which], parts)
+            ys = jax.vmap(self.f)(previous_states(self.y0, ends)[which], parts)
         return jnp.where(grid.active[:, None], ys, ends[-1])
