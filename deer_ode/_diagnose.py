@@ -64,7 +64,12 @@ def _iterate(newton: Newton, recurrence: AbstractRecurrence, progress: Progress)
     # As if no step were known: the errors of all are to be seen.
     nothing = jnp.asarray(0, jnp.int32)
     updated = march.update(
-        march.recurrence, progress.ys, progress.largest, progress.damping, nothing
+        march.recurrence,
+        progress.ys,
+        progress.largest,
+        progress.damping,
+        nothing,
+        progress.at_rounding,
     )
     progress = march.advance(progress, updated, 0, recurrence.num_steps)
     return progress, _largest_in_bins(updated.error)

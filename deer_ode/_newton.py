@@ -19,12 +19,13 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array
 
 from ._affine import scan_steps
-from ._custom_types import State, Trajectory
+from ._custom_types import Mask, State, Trajectory
 from ._damping import AbstractDamping, Undamped
 from ._linearisation import AbstractLinearisation, Dense, Exact, SharedJacobian
 from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
@@ -73,10 +74,11 @@ class Newton(AbstractMethod):
     $|F_i|$ is small beside $|B_i| |y_i| + |C_i| |y_{i-1}|$, with its Jacobians $B_i$
     and $C_i$.) So an entry that is zero because the others cancel is judged by what
     cancels there. Unless `rtol` or `atol` is given, the correction $\delta_i$ has to be
-    small beside the same terms, at their largest so far, as well, since small residuals
-    may add up. The solve is converged when every step is; a residual that is not a
-    number is never small. The correction belonging to the accepted residual is still
-    applied.
+    small beside $|y_i| + |A_i| |y_{i-1}|$ at their largest so far as well, since small
+    residuals may add up; or twice in a row no larger than what rounding in all steps
+    adds up to, for entries that are zero but for the rounding of others. The solve is
+    converged when every step is; a residual that is not a number is never small. The
+    correction belonging to the accepted residual is still applied.
 
     Non-finite iterates do no harm: every step from the first such state on restarts
     from the last good one.
@@ -298,26 +300,40 @@ class Newton(AbstractMethod):
         atol = jnp.finfo(dtype).tiny if self.atol is None else self.atol
         return jnp.asarray(atol, dtype) + jnp.broadcast_to(rtol, scale.shape) * scale
 
-    def _is_small(self, linearisation, recurrence, linearised, correction):
-        """Whether the correction is one that leaves nothing to correct.
+    def _are_small(
+        self, linearisation, recurrence, linearised, correction, is_right
+    ) -> tuple[Mask, Mask]:
+        """Of which steps the correction leaves nothing to correct; and of which it is
+        no more than what rounding of the steps adds up to.
 
         Residuals that are small each may add up, over many steps. The correction is
         their sum to first order; what is left after it is of second order. (With a
         Jacobian that leaves something out it is of first order: then no more than what
-        rounding adds up to will do, of errors with signs of their own.) Only where
-        nobody has asked for less.
+        rounding adds up to will do.) Only where nobody has asked for less.
+
+        An entry that is zero but for the rounding of others cannot be right relative to
+        itself. How large it is by rounding, a recurrence of arbitrary rounding errors
+        says.
         """
         num_steps, dtype = correction.shape[0], correction.dtype
         if self.rtol is not None or self.atol is not None:
-            return jnp.ones(num_steps, bool)
+            return (jnp.ones(num_steps, bool),) * 2
         eps = jnp.asarray(recurrence.eps, dtype)[None]
         share = _HALF_THE_DIGITS * jnp.sqrt(eps)
         if not linearisation.is_exact:
             share = jnp.minimum(share, num_steps**0.5 * _CORRECTION_UNITS * eps)
         share = jnp.maximum(share, _CORRECTION_UNITS * eps)
         bound = share * recurrence.largest_scale(linearised.scale)
-        size = linearised.in_units_of_defect(correction)
-        return jnp.all(size <= bound + jnp.finfo(dtype).tiny, axis=-1)
+        bound = bound + jnp.finfo(dtype).tiny
+        small = jnp.all(jnp.abs(correction) <= bound, axis=-1)
+
+        def at_rounding():
+            added_up = jnp.abs(scan_steps(linearised.A, linearised.rounding))
+            floor = ROUNDING_UNITS * eps * lax.cummax(finite(added_up))
+            return jnp.all(jnp.abs(correction) <= jnp.maximum(bound, floor), axis=-1)
+
+        is_asked = leading_true(is_right & small) < leading_true(is_right)
+        return small, lax.cond(is_asked, at_rounding, lambda: small)
 
     def update(
         self,
@@ -327,25 +343,30 @@ class Newton(AbstractMethod):
         largest: State,
         damping: Array,
         num_known: Array,
+        was_at_rounding: Mask,
     ) -> Updated:
         """One iteration. `largest` is what each entry was at most before the steps of
         `recurrence`, `damping` what the last iteration left, and the first `num_known`
-        states are right, whatever they are.
+        states are right, whatever they are. `was_at_rounding` says of which steps the
+        last correction was no more than rounding.
         """
         is_known = jnp.arange(ys.shape[0], dtype=jnp.int32) < num_known
         linearised = recurrence.linearise(ys, linearisation)
         residual, A = linearised.residual, linearised.A
-        tolerance = self._tolerance(recurrence, linearised.scale)
+        tolerance = self._tolerance(recurrence, linearised.defect_scale)
         error = jax.vmap(self.norm)(linearised.defect / tolerance)
         error = jnp.where(is_known, 0, error)
         residual = jnp.where(is_known[:, None], 0, residual)
         correction = scan_steps(A, residual)
-        # Written so that NaN is not good.
-        good = is_known | (
-            (error <= 1)
-            & self._is_small(linearisation, recurrence, linearised, correction)
-            & is_reasonable(ys + correction, largest)
+        # Written so that NaN is not right.
+        is_right = is_known | ((error <= 1) & is_reasonable(ys + correction, largest))
+        small, at_rounding = self._are_small(
+            linearisation, recurrence, linearised, correction, is_right
         )
+        # A correction of rounding's size may be large in a problem that makes errors
+        # grow. That it does no harm shows after it: the residual is still small.
+        at_rounding = is_right & at_rounding
+        good = is_known | (is_right & small) | (at_rounding & was_at_rounding)
         values = jnp.maximum(jnp.abs(ys), jnp.abs(ys + residual))
         size = jnp.maximum(jnp.max(finite(values), axis=0), largest)
         delta, damping = self.damping(
@@ -362,7 +383,8 @@ class Newton(AbstractMethod):
         corrected = jnp.where(is_known[:, None], ys, corrected)
         is_fine = is_known | is_reasonable(corrected, largest)
         corrected = hold_last_good(recurrence.y0, corrected, is_fine)
-        return Updated(corrected, good, residual, error, damping)
+        at_rounding = at_rounding & is_fine
+        return Updated(corrected, good, residual, error, damping, at_rounding)
 
 
 Newton.__init__.__doc__ = """**Arguments:**

@@ -39,7 +39,7 @@ from ._misc import (
 from ._predictor import Trajectory
 from ._programs import without_checks
 from ._saving import SolvedGrid, save, set_where
-from ._solver import DEER, DEERState, parallel_loop
+from ._solver import DEER, DEERState
 
 
 def even_steps(t0, first, t1, num_steps: int) -> Grid:
@@ -395,6 +395,8 @@ _EVENT_FIELDS = (
 class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
     """All steps of Diffrax's loop at once."""
 
+    takes_all_steps: ClassVar[bool] = True
+
     known: eqx.AbstractVar[KnownSteps | None]
     """The steps, if it is known while tracing that all of them are made."""
 
@@ -463,24 +465,23 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
             stats.update(new_stats)
             return state
 
-        with parallel_loop():
-            final_state, aux_stats = self._loop(
-                args=args,
-                terms=terms,
-                solver=solver,
-                stepsize_controller=stepsize_controller,
-                event=event,
-                saveat=saveat,
-                t0=t0,
-                t1=t1,
-                dt0=dt0,
-                max_steps=max_steps,
-                init_state=init_state,
-                # The body is only looked at, never run.
-                inner_while_loop=lambda cond_fun, body_fun, init_val, **kw: init_val,
-                outer_while_loop=all_steps,
-                progress_meter=progress_meter,
-            )
+        final_state, aux_stats = self._loop(
+            args=args,
+            terms=terms,
+            solver=solver,
+            stepsize_controller=stepsize_controller,
+            event=event,
+            saveat=saveat,
+            t0=t0,
+            t1=t1,
+            dt0=dt0,
+            max_steps=max_steps,
+            init_state=init_state,
+            # The body is only looked at, never run.
+            inner_while_loop=lambda cond_fun, body_fun, init_val, **kw: init_val,
+            outer_while_loop=all_steps,
+            progress_meter=progress_meter,
+        )
         return final_state, aux_stats | stats
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._affine import absolute, apply
@@ -38,17 +39,25 @@ class Linearised(NamedTuple):
     """What has to vanish, in the units in which it is computed. Where a step is a map
     it is the residual; where it is an equation, what that equation leaves.
     """
-    scale: Trajectory
+    defect_scale: Trajectory
     r"""The terms that cancel in `defect`, by their absolute values: $|y_i| + |A_i|
     |y_{i-1}|$ for a map, $|B_i| |y_i| + |C_i| |y_{i-1}|$ for an equation. Rounding
     makes a defect of this size times the rounding unit.
     """
-    B: Float[Array, "steps state state"] | None = None
-    """Of an equation: what brings a correction into the units of `defect`."""
+    scale: Trajectory
+    """The same in units of the state: $|y_i| + |A_i| |y_{i-1}|$."""
+    rounding: Trajectory
+    """A residual as rounding makes it, in units of rounding: of arbitrary signs."""
 
-    def in_units_of_defect(self, correction: Trajectory) -> Trajectory:
-        size = jnp.abs(correction)
-        return size if self.B is None else apply(jnp.abs(self.B), size)
+
+def arbitrary_signs(num_steps: int, size: int, dtype: Any) -> Trajectory:
+    """1 and -1, the same in every call, without any pattern (an integer hash)."""
+    shape = (num_steps, size)
+    count = lambda axis: lax.broadcasted_iota(jnp.uint32, shape, axis)
+    bits = count(0) * np.uint32(size) + count(1) + np.uint32(1)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+    return 1 - 2 * ((bits >> 16) & 1).astype(dtype)
 
 
 class AbstractRecurrence(eqx.Module):
@@ -266,7 +275,8 @@ class AbstractMapRecurrence(AbstractRecurrence):
         residual = values - ys
         before = jnp.abs(previous_states(self.y0, ys))
         scale = sizes + apply(absolute(A), before)
-        return Linearised(residual, A, residual, scale)
+        rounding = scale * arbitrary_signs(*scale.shape, scale.dtype)
+        return Linearised(residual, A, residual, scale, scale, rounding)
 
     def linear_response(self, ys, tangent, linearisation):
         _, t_values = eqx.filter_jvp(

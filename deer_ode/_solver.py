@@ -1,8 +1,7 @@
 """`DEER`, a Diffrax solver whose one step is a window solved in parallel."""
 
-import contextlib
-import contextvars
 import functools as ft
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -66,18 +65,34 @@ def _has_adjoint_term(terms) -> bool:
     return any(is_adjoint(x) for x in jtu.tree_leaves(terms, is_leaf=is_adjoint))
 
 
-# Whether Diffrax's loop is run by an adjoint that takes all steps in parallel.
-_is_parallel = contextvars.ContextVar("is_parallel", default=False)
+def _running_adjoint() -> diffrax.AbstractAdjoint | None:
+    """The adjoint whose loop a step is traced in. Diffrax does not tell a solver, and
+    traces a step before that loop too, for the shapes of what is saved.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        adjoint = frame.f_locals.get("self")
+        if frame.f_code.co_name == "loop" and isinstance(
+            adjoint, diffrax.AbstractAdjoint
+        ):
+            return adjoint
+        frame = frame.f_back
+    return None
 
 
-@contextlib.contextmanager
-def parallel_loop():
-    """While an adjoint takes all steps of Diffrax's loop in parallel."""
-    token = _is_parallel.set(True)
-    try:
-        yield
-    finally:
-        _is_parallel.reset(token)
+def _warn_if_sequential(method: AbstractMethod) -> None:
+    adjoint = _running_adjoint()
+    is_parallel = adjoint is None or getattr(adjoint, "takes_all_steps", False)
+    if is_parallel or isinstance(method, Sequential):
+        return
+    warnings.warn(
+        "`DEER` in `diffrax.diffeqsolve` makes its steps sequentially here: nothing is "
+        "parallel. Use `deer_ode.diffeqsolve`, or give "
+        "`adjoint=deer_ode.ParallelAdjoint()` and `max_steps`, or `DEER(..., "
+        "num_substeps=...)`. If sequential steps are meant, say `DEER(..., "
+        "method=deer_ode.Sequential())`.",
+        stacklevel=3,
+    )
 
 
 def _describe(x: Any) -> str:
@@ -196,15 +211,7 @@ class DEER(diffrax.AbstractWrappedSolver):
     def step(self, terms, t0, t1, y0: Y, args: Args, solver_state, made_jump):
         del made_jump
         if self.num_substeps is None:
-            if not (_is_parallel.get() or isinstance(self.method, Sequential)):
-                warnings.warn(
-                    "`DEER` in `diffrax.diffeqsolve` makes its steps sequentially "
-                    "here: nothing is parallel. Use `deer_ode.diffeqsolve`, or give "
-                    "`adjoint=deer_ode.ParallelAdjoint()` and `max_steps`, or "
-                    "`DEER(..., num_substeps=...)`. If sequential steps are meant, "
-                    "say `DEER(..., method=deer_ode.Sequential())`.",
-                    stacklevel=2,
-                )
+            _warn_if_sequential(self.method)
             y1, y_error, dense_info, result = one_step(
                 self.solver, terms, t0, t1, y0, args
             )

@@ -107,6 +107,8 @@ class Updated(NamedTuple):
     error: Float[Array, " steps"]
     """The residual of each step, in units of its tolerance."""
     damping: Float[Array, ""]
+    at_rounding: Mask
+    """Of which steps residual and correction are no more than rounding."""
 
 
 class Progress(NamedTuple):
@@ -128,6 +130,8 @@ class Progress(NamedTuple):
     residual: Float[Array, ""]
     damping: Float[Array, ""]
     most_damping: Float[Array, ""]
+    at_rounding: Mask
+    """Of which steps the last correction was no more than rounding."""
     is_nonfinite: Bool[Array, ""]
     """Whether the step after those that are right was not a number when last seen."""
     is_stuck: Bool[Array, ""]
@@ -157,7 +161,8 @@ class March:
     recurrence: AbstractRecurrence
     guess: AbstractPredictor
     update: Callable[..., Updated]
-    """`(recurrence, ys, largest, damping, num_known)`: one iteration."""
+    """`(recurrence, ys, largest, damping, num_known, was_at_rounding)`: one iteration.
+    """
     lengths: tuple[int, ...]
     max_sweeps: int
     is_patient: bool
@@ -196,6 +201,7 @@ class March:
             residual=jnp.zeros((), y0.dtype),
             damping=jnp.zeros((), y0.dtype),
             most_damping=jnp.zeros((), y0.dtype),
+            at_rounding=jnp.zeros(num_steps, bool),
             is_nonfinite=jnp.asarray(False),
             is_stuck=jnp.asarray(False),
             rung=zero,
@@ -247,14 +253,17 @@ class March:
                 progress = self._guess_entering(start + length, length, progress)
             elif not self.is_patient:
                 progress = self._hold_unknown(progress)
-            part, ys = recurrence, progress.ys
+            part, ys, was = recurrence, progress.ys, progress.at_rounding
         else:
             start = jnp.minimum(progress.num_good, num_steps - length)
             progress = self._guess_entering(start + length, length, progress)
             part = self._part(progress.ys, start, length)
             ys = lax.dynamic_slice_in_dim(progress.ys, start, length)
+            was = lax.dynamic_slice_in_dim(progress.at_rounding, start, length)
         num_known = progress.num_good - start
-        updated = self.update(part, ys, progress.largest, progress.damping, num_known)
+        updated = self.update(
+            part, ys, progress.largest, progress.damping, num_known, was
+        )
         progress = self.advance(progress, updated, start, length)
         return self._adapt(rung, progress, jnp.max(updated.error))
 
@@ -280,11 +289,14 @@ class March:
             is_nonfinite & progress.is_nonfinite & (num_good == progress.num_good)
         )
         worked = progress.num_left_over + length
-        new_ys = updated.ys
+        new_ys, at_rounding = updated.ys, updated.at_rounding
         if length != num_steps:
-            new_ys = lax.dynamic_update_slice_in_dim(progress.ys, new_ys, start, 0)
+            place = lax.dynamic_update_slice_in_dim
+            new_ys = place(progress.ys, new_ys, start, 0)
+            at_rounding = place(progress.at_rounding, at_rounding, start, 0)
         return progress._replace(
             ys=new_ys,
+            at_rounding=at_rounding,
             num_good=num_good,
             largest=jnp.maximum(
                 progress.largest, jnp.max(finite(newly(updated.ys)), axis=0)
@@ -345,6 +357,7 @@ class March:
             mark=num_good,
             lowest=jnp.full_like(progress.lowest, jnp.inf),
             since=jnp.zeros_like(num_good),
+            at_rounding=jnp.zeros_like(progress.at_rounding),
         )
 
     def _doubled(self, length, progress):

@@ -29,7 +29,7 @@ from .._linearisation import Dense, Exact, SharedJacobian
 from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
 from .._newton import Newton
 from .._predictor import Coarse, Constant
-from .._recurrence import AbstractRecurrence, Linearised, cut
+from .._recurrence import AbstractRecurrence, Linearised, arbitrary_signs, cut
 from ._base import Grid
 from ._step_map import tracing_steps
 from ._steps import Steps
@@ -199,10 +199,14 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             if self.may_be_singular:
                 # No solution of a singular system passes for the solution.
                 F = jnp.where(is_singular(B)[:, None], jnp.nan, F)
-            solved = solve_blocks(B, -jnp.concatenate([F[..., None], C], axis=-1))
             before = jnp.abs(previous_states(self.y0, ys))
-            scale = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
-        return Linearised(solved[..., 0], solved[..., 1:], F, scale, B)
+            defect_scale = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
+            rounding = defect_scale * arbitrary_signs(*ys.shape, ys.dtype)
+            right = jnp.concatenate([F[..., None], rounding[..., None], C], axis=-1)
+            solved = solve_blocks(B, -right)
+            residual, rounding, A = solved[..., 0], solved[..., 1], solved[..., 2:]
+            scale = jnp.abs(ys) + apply(jnp.abs(A), before)
+        return Linearised(residual, A, F, defect_scale, scale, rounding)
 
     def linear_response(self, ys, tangent, linearisation):
         del linearisation  # it is the exact one that is asked for

@@ -301,8 +301,8 @@ class StepMap(AbstractMapRecurrence):
             return values, A
 
     def _coarse(self, every):
-        """Where strides of `every` sequential steps end, what their interpolation needs,
-        what they were, and the sums of Brownian increments from the start of each.
+        """Where strides of `every` sequential steps end, what their interpolation
+        needs, what they were, and the sums of Brownian increments from their starts.
         """
         grid = self.xs.grid
         coarse_grid = grid.coarsen(every)
