@@ -2,9 +2,14 @@
 
 import importlib.util
 import pathlib
+import re
 import sys
 import types
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 
@@ -51,3 +56,57 @@ def test_all_else_is_left_alone(fence_examples, text):
 def test_fences_are_fenced_once(fence_examples):
     once = fence_examples("!!! example\n\n    >>> 1\n    1\n")
     assert fence_examples(once) == once
+
+
+def blocks(page: str) -> list[str]:
+    """The Python of a page, block by block."""
+    text = (ROOT / page).read_text()
+    return re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def run(code: str, namespace: dict) -> dict:
+    # As users have it, without the strictness of the tests.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(code, namespace)
+    return namespace
+
+
+class Model(eqx.Module):
+    """What the code of the page on neural CDEs calls."""
+
+    first: eqx.nn.Linear
+    field: eqx.nn.MLP
+    last: eqx.nn.Linear
+
+    def __init__(self, key):
+        first, field, last = jax.random.split(key, 3)
+        self.first = eqx.nn.Linear(3, 4, key=first)
+        self.field = eqx.nn.MLP(4, 12, 8, 1, jnp.tanh, jnp.tanh, key=field)
+        self.last = eqx.nn.Linear(4, 2, key=last)
+
+
+def test_neural_cde_page_with_missing_values():
+    """Also in the first row and the last; and a channel without any is an error."""
+    (code,) = blocks("docs/neural-cde.md")
+    classify = run(code, {})["classify"]
+    rng = np.random.default_rng(0)
+    ts = jnp.asarray(np.cumsum(rng.uniform(0.1, 0.3, (4, 30)), axis=1))
+    xs = rng.normal(size=(4, 30, 2))
+    xs[rng.random(xs.shape) < 0.2] = np.nan
+    xs[:, 0, 0] = xs[:, -1, 1] = xs[1, :3] = np.nan
+    labels = jnp.arange(4) % 2
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss(model, ts, xs):
+        logits = jax.vmap(lambda ts, xs: classify(model, ts, xs))(ts, xs)
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), labels])
+
+    model = Model(jax.random.key(0))
+    value, gradient = loss(model, ts, jnp.asarray(xs))
+    assert jnp.isfinite(value)
+    leaves = jax.tree_util.tree_leaves(gradient)
+    assert all(jnp.all(jnp.isfinite(x)) and jnp.any(x != 0) for x in leaves)
+    xs[2, :, 1] = np.nan
+    with pytest.raises(RuntimeError, match="channel without any value"):
+        loss(model, ts, jnp.asarray(xs))
