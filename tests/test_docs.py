@@ -6,6 +6,7 @@ import re
 import sys
 import types
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -110,3 +111,25 @@ def test_neural_cde_page_with_missing_values():
     xs[2, :, 1] = np.nan
     with pytest.raises(RuntimeError, match="channel without any value"):
         loss(model, ts, jnp.asarray(xs))
+
+
+def test_dense_data_by_few_long_steps():
+    """The code of the page on how to choose, and the error that it names."""
+    (code,) = blocks("docs/how-to-choose.md")
+    found = run(code, {})
+    assert jnp.isfinite(found["value"]) and found["gradient"] > 0
+    knots = jnp.concatenate([jnp.zeros(1), found["ts"], jnp.full(1, 100.0)])
+    reference = diffrax.diffeqsolve(
+        diffrax.ODETerm(found["field"]),
+        diffrax.Dopri8(),
+        0.0,
+        100.0,
+        None,
+        jnp.array([1.0, 0.0]),
+        1.0,
+        stepsize_controller=diffrax.StepTo(knots),
+        saveat=diffrax.SaveAt(ts=found["ts"]),
+        max_steps=len(knots),
+    ).ys
+    # The page says 5e-10.
+    assert jnp.max(jnp.abs(found["data"] - reference[:, 0])) < 1e-9
