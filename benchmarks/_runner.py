@@ -49,7 +49,7 @@ def measure(case: Case, repeats: int) -> dict:
                 del answer
                 rivals[name] = figures
                 calls[name] = program, first
-            # Whatever stops one rival, the others go on.
+            # A rival that fails does not stop the others.
             except Exception as error:
                 rivals[name] = {"error": _say(error)}
         for name, times in _time_alternating(calls, repeats).items():

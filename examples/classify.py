@@ -347,7 +347,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--frame", type=int, help="samples per step (4; digits 16, bearings 1)")
     add("--folder", type=pathlib.Path, help="of EigenWorms or CIFAR-10")
     add("--out", type=pathlib.Path, help="where to write (runs/TASK)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--quiet", action="store_true", help="no progress bar")
     task, _ = parser.parse_known_args(argv)
     parser.set_defaults(**TASKS[task.task].defaults)
