@@ -51,7 +51,7 @@ class Problem:
     """A recurrence or a differential equation, from a start that can be changed.
 
     `solve(start, method)` gives all states and the statistics; `twin(start)` the states
-    that `jax.lax.scan` or stock Diffrax finds, one after the other; `noisy(start, key)`
+    that `jax.lax.scan` or stock Diffrax finds; `noisy(start, key)`
     what they are with other errors of rounding in every step.
     """
 
@@ -471,7 +471,7 @@ def table(rows: list[dict]) -> str:
                 continue
             row = own[name]
             in_turn = row["num_fallback_steps"]
-            share = f" ({in_turn / row['steps']:.0%} in turn)" if in_turn else ""
+            share = f" ({in_turn / row['steps']:.0%} sequential)" if in_turn else ""
             ratio = row["seconds"] / row["seconds_in_turn"]
             cells.append(
                 f"{row['num_newton_steps']}{share}; {1e3 * row['seconds']:.3g} ms; "

@@ -83,8 +83,8 @@ def cases(plan: Plan) -> list[Case]:
     for steps in plan.choose_steps((10_000,), (10_000, 100_000), (20,)):
         of = (field, T1, steps)
         solves = {
-            "default": deer(*of, deer_ode.DEER(), at_ts=True),
-            "default, Tsit5": deer(*of, deer_ode.DEER(diffrax.Tsit5()), at_ts=True),
+            "default": deer(*of, deer_ode.DEER(diffrax.Tsit5()), at_ts=True),
+            "Obreshkov": deer(*of, deer_ode.DEER(deer_ode.Obreshkov()), at_ts=True),
             "newton": deer(*of, NEWTON, at_ts=True),
             "loop": loop(*of),
             "diffrax, ts": stock(*of, "ts"),
@@ -92,7 +92,7 @@ def cases(plan: Plan) -> list[Case]:
         }
         if plan.quick:
             # Nearly all of the time is compilation.
-            for name in ("default", "newton", "plain DEER"):
+            for name in ("Obreshkov", "newton", "plain DEER"):
                 del solves[name]
         out += [
             Case(

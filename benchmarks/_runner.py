@@ -27,7 +27,7 @@ _SHORTEST_RUN = 1e-3
 _WRONG = 0.1
 
 #: The rivals that this package brings, by their names in every family.
-OURS = ("default", "newton", "newton, shared", "default, ts", "default, Tsit5")
+OURS = ("default", "newton", "newton, shared", "default, ts", "Obreshkov")
 
 
 def measure(case: Case, repeats: int) -> dict:
@@ -49,7 +49,7 @@ def measure(case: Case, repeats: int) -> dict:
                 del answer
                 rivals[name] = figures
                 calls[name] = program, first
-            # Whatever stops one rival, the others go on.
+            # A rival that fails does not stop the others.
             except Exception as error:
                 rivals[name] = {"error": _say(error)}
         for name, times in _time_alternating(calls, repeats).items():
@@ -92,8 +92,8 @@ def _compile(program: Callable, arguments: tuple) -> tuple[Callable[[], Any], di
 
 
 def _count(case: Case, rivals: dict, arguments: tuple) -> list[int | None]:
-    """How many iterations, and how many steps in turn, of the forced iteration or else
-    of what there is by default.
+    """How many iterations, and how many sequential steps, of the forced iteration or
+    else of the default.
     """
     for name in ("newton", "default"):
         if "error" in rivals.get(name, {"error": "there is none"}):
@@ -114,7 +114,7 @@ def _memory_limit() -> float:
 def _time_alternating(
     calls: dict[str, tuple[Callable[[], Any], float]], repeats: int
 ) -> dict[str, list[float] | str]:
-    """Seconds of each run, all programs in turn, so that drifts of the machine meet
+    """Seconds of each run, programs alternating, so that drifts of the machine meet
     them alike; or what stopped one.
     """
     times: dict[str, list[float] | str] = {name: [] for name in calls}

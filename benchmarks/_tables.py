@@ -32,7 +32,7 @@ def table(rows: list[dict]) -> str:
     base = "default" if "default" in programs else programs[0]
     others = [name for name in programs if name != base and name not in _APART]
     head = ["problem", "batch", "steps", "dtype", f"{base}, ms", *others]
-    head += ["Newton steps", "in turn", "compile, s", "temporary, MB", "difference"]
+    head += ["Newton steps", "sequential", "compile, s", "temporary, MB", "difference"]
     lines = [head, ["---"] * len(head)]
     for (name, batch, steps, dtype), works in cases.items():
         both = [works[work] for work in WORKS if work in works]

@@ -11,7 +11,7 @@ import jax
 def time_alternating(
     programs: dict[str, Callable[[], Any]], repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Times all programs in turn, so that drifts of the machine meet them alike.
+    """Times all programs, alternating, so that drifts of the machine meet them alike.
 
     The first call of each, which compiles, is timed by itself; a second warms up. Every
     call is waited for. Seconds: `first`, `median`, `minimum`.

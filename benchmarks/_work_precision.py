@@ -1,4 +1,4 @@
-"""Work against error: the default of `DEER` beside `DEER(Tsit5())`.
+"""Work against error: `DEER(Obreshkov())` beside the default, `DEER(Tsit5())`.
 
 `python -m benchmarks._work_precision [--out FILE] [--quick]`
 """
@@ -28,7 +28,7 @@ TARGETS = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 PLAIN = deer_ode.Newton(window=None)
 
 SOLVERS = {
-    "DEER()": deer_ode.DEER(method=PLAIN),
+    "DEER(Obreshkov())": deer_ode.DEER(deer_ode.Obreshkov(), PLAIN),
     "DEER(Tsit5())": deer_ode.DEER(diffrax.Tsit5(), PLAIN),
 }
 
@@ -73,25 +73,25 @@ def problems() -> dict[str, tuple[Callable, list[float], float, dict[str, list[i
             _lotka_volterra,
             [10.0, 5.0],
             200.0,
-            {"DEER()": double(450, 3), "DEER(Tsit5())": double(600, 4)},
+            {"DEER(Obreshkov())": double(450, 3), "DEER(Tsit5())": double(600, 4)},
         ),
         "Kepler, 4 states": (
             _kepler,
             [0.7, 0.0, 0.0, 1.362770287738494],
             100.0,
-            {"DEER()": double(700, 3), "DEER(Tsit5())": double(1400, 4)},
+            {"DEER(Obreshkov())": double(700, 3), "DEER(Tsit5())": double(1400, 4)},
         ),
         "network, 2 states": (
             _network(2),
             [1.0, 0.0],
             100.0,
-            {"DEER()": double(150, 4), "DEER(Tsit5())": double(250, 5)},
+            {"DEER(Obreshkov())": double(150, 4), "DEER(Tsit5())": double(250, 5)},
         ),
         "network, 4 states": (
             _network(4),
             [1.0, 0.0, 0.5, 0.0],
             100.0,
-            {"DEER()": double(560, 3), "DEER(Tsit5())": double(560, 4)},
+            {"DEER(Obreshkov())": double(560, 3), "DEER(Tsit5())": double(560, 4)},
         ),
     }
 
@@ -163,7 +163,7 @@ def time_at(rows: list[dict], problem: str, solver: str, error: float) -> float 
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| problem | error | DEER(), ms | DEER(Tsit5()), ms | ratio |",
+        "| problem | error | DEER(Obreshkov()), ms | DEER(Tsit5()), ms | ratio |",
         "|---|---|---|---|---|",
     ]
     for problem in dict.fromkeys(row["problem"] for row in rows):

@@ -51,7 +51,7 @@ SOLVERS = dict(
 _PRIOR_PHYSICS = 0.1
 _PRIOR_WEIGHTS = 1.0
 # Of gradient descent in coordinates in which the misfit is nearly a sphere, so that a
-# rate of one would be a Gauss--Newton step. They are made anew for every round.
+# rate of one would be a Gauss--Newton step. They are computed again for every round.
 _LEARNING_RATE = 0.1
 _MOMENTUM = 0.8
 _LONGEST_UPDATE = 0.5

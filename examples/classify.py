@@ -1,8 +1,10 @@
 """Trains a recurrent classifier of long sequences, solved in parallel over time.
 
-`python -m examples.classify digits` trains on spoken digits and writes the losses, the
-accuracy, a picture of both and a checkpoint to `--out`. The same with `--sequential`
-runs the recurrences one step after the other.
+`python -m examples.classify` needs no files: it trains on synthetic waveforms that it
+makes itself. `python -m examples.classify digits` trains on spoken digits, read from
+the folder that the environment variable DEER_ODE_DATA names. Either writes the losses,
+the accuracy, a picture of both and a checkpoint to `--out`. With `--sequential` the
+recurrences run step by step.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +93,12 @@ def _standardised(data: datasets.Sequences) -> datasets.Sequences:
 
 
 TASKS = {
+    "waveforms": Task(
+        lambda o: datasets.make_waveforms(frame=o.frame or 4, seed=o.seed),
+        leave,
+        None,
+        dict(epochs=10, heads=16, layers=1, width=16, filters=32),
+    ),
     "digits": Task(
         lambda o: datasets.load_spoken_digits(o.frame or 16, max_steps=376),
         augment_clip,
@@ -313,8 +322,14 @@ def parse(argv=None) -> argparse.Namespace:
         prog="python -m examples.classify", description=__doc__
     )
     add = parser.add_argument
-    add("task", choices=TASKS)
-    add("--sequential", action="store_true", help="one step after the other")
+    add(
+        "task",
+        choices=TASKS,
+        nargs="?",
+        default="waveforms",
+        help="waveforms (the default) are synthetic; all others are read from files",
+    )
+    add("--sequential", action="store_true", help="step by step, without Newton steps")
     add("--warm-start", action="store_true", help="start from each sample's last states"
         " (without augmentation, and padded to one length)")  # fmt: skip
     add("--plain", action="store_true", help="without augmentation")
@@ -329,10 +344,10 @@ def parse(argv=None) -> argparse.Namespace:
     add("--heads", type=int, default=32, help="of a layer, half of them backwards")
     add("--head-size", type=int, default=1)
     add("--dropout", type=float, default=0.1)
-    add("--frame", type=int, help="samples per step (digits 16, bearings 1)")
+    add("--frame", type=int, help="samples per step (4; digits 16, bearings 1)")
     add("--folder", type=pathlib.Path, help="of EigenWorms or CIFAR-10")
     add("--out", type=pathlib.Path, help="where to write (runs/TASK)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out")
     add("--quiet", action="store_true", help="no progress bar")
     task, _ = parser.parse_known_args(argv)
     parser.set_defaults(**TASKS[task.task].defaults)
@@ -350,5 +365,19 @@ def parse(argv=None) -> argparse.Namespace:
     return options
 
 
+def main(argv=None) -> None:
+    options = parse(argv)
+    try:
+        data = TASKS[options.task].load(options)
+    except FileNotFoundError as error:
+        sys.exit(
+            f"{error}\n`python -m examples.classify waveforms` needs no files: it "
+            "makes synthetic data."
+        )
+    if options.task == "waveforms":
+        print("Synthetic data, made by this program: noisy waveforms of three kinds.")
+    train(options, data)
+
+
 if __name__ == "__main__":
-    train(parse())
+    main()

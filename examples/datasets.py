@@ -18,6 +18,7 @@ import numpy as np
 Text = str | os.PathLike | IO[str]
 
 DIGITS = tuple("0123456789")
+WAVEFORMS = ("sine", "square", "sawtooth")
 CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 
@@ -76,6 +77,35 @@ def _sequences(series: Any, labels: Any, is_test: Any, classes: Any) -> Sequence
         for row, x in zip(xs, series, strict=True):
             row[: len(x)] = x
     return Sequences(xs, lengths, np.asarray(labels, np.int32), is_test, tuple(classes))
+
+
+def make_waveforms(
+    num_samples: int = 240, num_steps: int = 512, frame: int = 4, seed: int = 0
+) -> Sequences:
+    """Synthetic data: sines, square waves and sawtooth waves in noise.
+
+    A step is `frame` samples, so `xs` has shape `(num_samples, num_steps, frame)`.
+    Period (16 to 64 samples), phase, amplitude (0.7 to 1.4 of a root mean square of
+    one) and length (half of `num_steps` to all) are drawn for each sequence, and
+    every sample has noise of standard deviation 0.5. A sixth is for the test.
+    """
+    if min(num_samples, num_steps, frame) < 1:
+        raise ValueError(
+            "`num_samples`, `num_steps` and `frame` must be at least 1, not "
+            f"{num_samples}, {num_steps} and {frame}."
+        )
+    rng = np.random.default_rng(seed)
+    series, labels = [], np.arange(num_samples) % len(WAVEFORMS)
+    for label in labels:
+        size = frame * rng.integers(-(-num_steps // 2), num_steps + 1)
+        turns = np.arange(size) / rng.uniform(16, 64) + rng.uniform()
+        sine = np.sin(2 * np.pi * turns)
+        # Each with a root mean square of one.
+        wave = (2**0.5 * sine, np.sign(sine), 3**0.5 * (2 * (turns % 1) - 1))[label]
+        wave = 2 ** rng.uniform(-0.5, 0.5) * wave + 0.5 * rng.normal(size=size)
+        series.append(_frames(wave[:, None], frame).astype(np.float32))
+    is_test = np.arange(num_samples) // len(WAVEFORMS) % 6 == 5
+    return _sequences(series, labels, is_test, WAVEFORMS)
 
 
 def load_spoken_digits(frame: int = 16, max_steps: int | None = None) -> Sequences:

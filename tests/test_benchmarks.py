@@ -475,13 +475,15 @@ def test_times_at_equal_error_are_interpolated():
         return dict(problem="p", solver=solver, error=error, times=dict(median=seconds))
 
     rows = [
-        row("DEER()", 1e-4, 1.0),
-        row("DEER()", 1e-8, 4.0),
+        row("DEER(Obreshkov())", 1e-4, 1.0),
+        row("DEER(Obreshkov())", 1e-8, 4.0),
         row("DEER(Tsit5())", 1e-3, 2.0),
         row("DEER(Tsit5())", 1e-7, 8.0),
     ]
     # Half way in the logarithm of the error is half way in that of the time.
-    assert abs(_work_precision.time_at(rows, "p", "DEER()", 1e-6) - 2.0) < 1e-12
+    assert (
+        abs(_work_precision.time_at(rows, "p", "DEER(Obreshkov())", 1e-6) - 2.0) < 1e-12
+    )
     assert abs(_work_precision.time_at(rows, "p", "DEER(Tsit5())", 1e-5) - 4.0) < 1e-12
     assert _work_precision.time_at(rows, "p", "DEER(Tsit5())", 1e-8) is None
     table = _work_precision.table(rows)

@@ -1,5 +1,6 @@
 """The training example, on tones that are told apart in seconds."""
 
+import functools
 import json
 
 import jax
@@ -140,6 +141,38 @@ def test_crops_are_of_the_vibration():
         # A twentieth faster or slower, and as fine as the transform.
         np.testing.assert_allclose(tones, [0.3, 0.1], rtol=0.05, atol=np.pi / 2048)
         assert 0.3 < np.sqrt(np.mean(crop**2)) < 2
+
+
+def test_waveforms():
+    data = datasets.make_waveforms(30, num_steps=64, frame=4, seed=1)
+    assert data.xs.shape == (30, 64, 4) and data.xs.dtype == np.float32
+    assert data.classes == ("sine", "square", "sawtooth")
+    assert np.all((data.lengths >= 32) & (data.lengths <= 64))
+    assert not np.any(data.xs[np.arange(64) >= data.lengths[:, None]])
+    for split in (data.is_test, ~data.is_test):
+        assert np.ptp(np.bincount(data.labels[split])) == 0
+    again = datasets.make_waveforms(30, num_steps=64, frame=4, seed=1)
+    assert all(np.array_equal(a, b) for a, b in zip(data, again, strict=True))
+    with pytest.raises(ValueError, match="at least 1"):
+        datasets.make_waveforms(frame=0)
+
+
+def test_no_files_are_needed(folder, monkeypatch, capsys):
+    """Without a task the data are synthetic, and the output says so."""
+    monkeypatch.setenv("DEER_ODE_DATA", str(folder / "nothing"))
+    small = functools.partial(datasets.make_waveforms, 36, 24)
+    monkeypatch.setattr(datasets, "make_waveforms", small)
+    words = "--sequential --width 8 --filters 8 --heads 2 --batch-size 6 --epochs 2"
+    out = folder / "waveforms"
+    classify.main([*words.split(), "--quiet", "--out", str(out)])
+    text = capsys.readouterr().out
+    assert text.startswith("Synthetic data, made by this program")
+    assert len(json.loads((out / "history.json").read_text())["accuracy"]) == 2
+    with pytest.raises(SystemExit, match="(?s)DEER_ODE_DATA.*waveforms. needs no file"):
+        classify.main(["digits", "--out", str(out)])
+    with pytest.raises(SystemExit):
+        classify.main(["--help"])
+    assert "synthetic" in capsys.readouterr().out
 
 
 def test_bad_options(capsys):

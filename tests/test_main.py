@@ -2,10 +2,11 @@ import os
 import re
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
-from deer_ode.__main__ import main
+from deer_ode.__main__ import _speed, main
 
 
 def _numbers(pattern: str, text: str) -> list[float]:
@@ -40,12 +41,24 @@ def test_run(tmp_path, capsys):
     newton_steps = _numbers(r"per solve +(\d+) first, (\d+) most, (\d+) last", text)
     assert all(1 <= n <= 64 for n in newton_steps)
     assert _numbers(r"finished sequentially, in all solves +(\d+)", text) == [0]
+    assert f"(JAX {jax.__version__}, " in text and " stock Diffrax: " in text
     for name in ("m1", "m2", "x(0)", "y(0)", "vx(0)", "vy(0)"):
         assert f"\n{name} " in text
 
     picture = out.read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert picture.rstrip().endswith(b"IEND\xaeB`\x82")
+
+
+@pytest.mark.parametrize(
+    "ratio, said",
+    (
+        (0.62, "0.6 times the speed of stock Diffrax"),
+        (5.61, "5.6 times as fast as stock Diffrax"),
+    ),
+)
+def test_slower_is_not_called_faster(ratio, said):
+    assert _speed(ratio) == said
 
 
 @pytest.mark.parametrize(

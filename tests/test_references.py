@@ -1,7 +1,7 @@
 """Published solutions of initial value problems.
 
-Those that are not stiff by `DEER(Dopri8())`, and by `DEER()`, on fixed steps; the stiff
-ones by `DEER(RadauIIA(3))` on graded grids.
+Those that are not stiff by `DEER(Dopri8())`, and by `DEER(Obreshkov())`, on fixed
+steps; the stiff ones by `DEER(RadauIIA(3))` on graded grids.
 
 The problems are read from a file that does not belong to the package: skipped, saying
 so, where there is none. `python -m tests.test_references` prints the tables of
@@ -106,7 +106,7 @@ PROBLEMS = {
 
 
 # What order 6 leaves on the steps chosen for order 8.
-DEFAULT_TOLERANCES = {"DETEST-D5": 1e-7, "Arenstorf": 2e-4}
+OBRESHKOV_TOLERANCES = {"DETEST-D5": 1e-7, "Arenstorf": 2e-4}
 
 
 def robertson(t, y, args):
@@ -226,13 +226,14 @@ def test_reference(name):
 @pytest.mark.slow
 @needs_file
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_reference_by_the_default(name):
+def test_reference_by_obreshkov(name):
     import deer_ode
 
     problem = load()[name]
-    sol = solve(problem, deer_ode.DEER(method=deer_ode.Newton(window=None)))
+    plain = deer_ode.Newton(window=None)
+    sol = solve(problem, deer_ode.DEER(deer_ode.Obreshkov(), plain))
     assert int(sol.stats["num_fallback_steps"]) == 0
-    assert error_of(sol, problem) < DEFAULT_TOLERANCES.get(name, 1e-8)
+    assert error_of(sol, problem) < OBRESHKOV_TOLERANCES.get(name, 1e-8)
 
 
 @needs_file
@@ -287,7 +288,8 @@ def main():
     problems = load()
     header = "problem", "states", "steps", "Newton steps", "finished sequentially"
     plain = deer_ode.Newton(window=None)
-    for solver in (deer_ode.DEER(diffrax.Dopri8(), plain), deer_ode.DEER(method=plain)):
+    for base in (diffrax.Dopri8(), deer_ode.Obreshkov()):
+        solver = deer_ode.DEER(base, plain)
         print(f"\n{type(solver.solver).__name__}\n")
         _row(*header, "error")
         _row(*["---"] * 6)
