@@ -18,7 +18,7 @@ Nothing here is differentiable by itself; `lax.custom_linear_solve` is what asks
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.lax as lax
@@ -156,9 +156,9 @@ def are_right(n: int, dtype: DTypeLike, *, interpret: bool = False) -> bool:
 
     A small random problem is solved by them and by a loop, once in a process for each
     `n` and `dtype`, also while something else is being traced. Pallas is experimental,
-    and a compiler for each new GPU is a new compiler: where it fails, or the answer is
-    wrong, there is a warning, and the ordinary scan does the work. There is none where
-    there is no such GPU. With `interpret` no GPU is asked for.
+    and a compiler for each new GPU is a new compiler: where it is gone or fails, or the
+    answer is wrong, there is a warning, and the ordinary scan does the work. There is
+    none where there is no such GPU. With `interpret` no GPU is asked for.
     """
     return _are_right(n, np.dtype(dtype), interpret)
 
@@ -167,6 +167,8 @@ def are_right(n: int, dtype: DTypeLike, *, interpret: bool = False) -> bool:
 def _are_right(n: int, dtype: np.dtype, interpret: bool) -> bool:
     device = None if interpret else _gpu()
     if not can_run(n, dtype) or (device is None and not interpret):
+        return False
+    if not _has_pallas():
         return False
     try:
         error = _error(n, dtype, device)
@@ -319,24 +321,69 @@ def _replace(y: list, i: Any, y_i: Array) -> list:
 
 # --- Pallas ---------------------------------------------------------------------------
 #
-# Imported where it is used: it is experimental, its part for Triton is about to leave
-# JAX (deprecated in 0.11), and without a GPU nobody needs it.
+# Imported here and nowhere else, and not before a kernel is wanted: it is experimental,
+# its part for Triton is about to leave JAX (deprecated in 0.11), and without a GPU
+# nobody needs it.
+
+
+class _Pallas(NamedTuple):
+    """All that is used of it."""
+
+    program_id: Callable
+    ds: Callable
+    cdiv: Callable
+    BlockSpec: Callable
+    pallas_call: Callable
+    load: Callable
+    store: Callable
+    CompilerParams: Callable
+
+
+def _pallas() -> _Pallas:
+    """An `ImportError` with the reason where JAX has not got it."""
+    try:
+        # By their full names: `from` would also take what a module only remembers.
+        import jax.experimental.pallas as pallas
+        import jax.experimental.pallas.triton as triton
+
+        return _Pallas(
+            *(pallas.program_id, pallas.ds, pallas.cdiv),
+            *(pallas.BlockSpec, pallas.pallas_call),
+            *(triton.load, triton.store, triton.CompilerParams),
+        )
+    except (ImportError, AttributeError) as e:
+        raise ImportError(
+            "they are written in Pallas for Triton (`jax.experimental.pallas.triton`), "
+            f"which JAX {jax.__version__} does not have as it was ({e})"
+        ) from e
+
+
+@functools.cache
+def _has_pallas() -> bool:
+    """Asked where there is a GPU to use it; said once where it is missing."""
+    try:
+        _pallas()
+    except ImportError as e:
+        warnings.warn(
+            f"`deer_ode` has GPU kernels for affine scans that cannot be used: {e}. "
+            "The ordinary scan is taken in their place: the answer is the same, and "
+            "takes longer.",
+            stacklevel=4,
+        )
+        return False
+    return True
 
 
 def _mask(lanes: int, tile: int) -> Array | None:
     """Which lanes of this program's tile there are; `None` where there are all."""
-    from jax.experimental import pallas
-
     if lanes % tile == 0:
         return None
     lane = lax.broadcasted_iota(jnp.int32, (1, tile), 1)
-    return pallas.program_id(0) * tile + lane < lanes
+    return _pallas().program_id(0) * tile + lane < lanes
 
 
 def _at(ref: Any, *index: Any) -> Any:
     """A tile of `ref`: a row of lanes, or all of them for `None` at the end."""
-    from jax.experimental import pallas
-
     # The interpreter wants all indices alike, and those of slices are of this dtype.
     dtype = np.dtype(jnp.result_type(int))
     alike = lambda i: lax.convert_element_type(i, dtype)
@@ -345,14 +392,12 @@ def _at(ref: Any, *index: Any) -> Any:
     if row is None:
         row = slice(None)
     else:
-        row = pallas.ds(row if isinstance(row, int) else alike(row), 1)
+        row = _pallas().ds(row if isinstance(row, int) else alike(row), 1)
     return ref.at[*before, row, :]
 
 
 def _load(ref: Any, mask: Array | None) -> Array:
-    from jax.experimental.pallas import triton
-
-    return triton.load(ref, mask=mask)
+    return _pallas().load(ref, mask=mask)
 
 
 def _rows(A_ref: Any, b_ref: Any, i: Any, mask: Array | None) -> Callable:
@@ -369,11 +414,9 @@ def _rows(A_ref: Any, b_ref: Any, i: Any, mask: Array | None) -> Callable:
 
 
 def _store(ref: Any, value: Array, mask: Array | None) -> None:
-    from jax.experimental.pallas import triton
-
     if mask is not None:
         mask = jnp.broadcast_to(mask, value.shape)
-    triton.store(ref, value, mask=mask)
+    _pallas().store(ref, value, mask=mask)
 
 
 def _call(
@@ -385,8 +428,7 @@ def _call(
     interpret: bool,
 ) -> Any:
     """One program for each `tile` of lanes."""
-    from jax.experimental import pallas
-    from jax.experimental.pallas import triton
+    pallas = _pallas()
 
     def spec(shape):
         before = (0,) * (len(shape) - 1)
@@ -399,6 +441,6 @@ def _call(
         in_specs=[spec(x.shape) for x in inputs],
         out_specs=[spec(shape) for shape in shapes],
         # One stage: Triton is not to reorder loads by way of shared memory.
-        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=1),
+        compiler_params=pallas.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
     )(*inputs)

@@ -1,7 +1,9 @@
 """GPU kernels, interpreted on a CPU, against the loop; and what they compile from."""
 
 import functools
+import pathlib
 import re
+import sys
 import warnings
 
 import jax
@@ -10,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deer_ode import _kernels
+from deer_ode import _kernels, affine_scan
 from deer_ode._kernels import are_right, can_run, compose, run
 
-from .helpers import assert_close, rounding, slow
+from .helpers import assert_close, pretend_accelerator, rounding, slow
 
 
 #: More than one tile of any kernel, and the last one in part.
@@ -201,9 +203,12 @@ def test_only_other_platforms_need_it():
 
 @pytest.fixture(autouse=True)
 def _ask_again():
-    _kernels._are_right.cache_clear()
+    asked_once = _kernels._are_right, _kernels._has_pallas
+    for fn in asked_once:
+        fn.cache_clear()
     yield
-    _kernels._are_right.cache_clear()
+    for fn in asked_once:
+        fn.cache_clear()
 
 
 def test_sizes_and_dtypes():
@@ -284,3 +289,62 @@ def test_broken_kernels_are_not_taken():
             UserWarning, match="could not be run .*ordinary scan is taken"
         ):
             assert not are_right(2, np.float32)
+
+
+# --- where Pallas is gone -------------------------------------------------------------
+
+PALLAS = "jax.experimental.pallas"
+TRITON = "jax.experimental.pallas.triton"
+
+
+#: What a later JAX may take away.
+TAKEN_AWAY = {
+    "Pallas": lambda patch: patch.setitem(sys.modules, PALLAS, None),
+    "Triton": lambda patch: patch.setitem(sys.modules, TRITON, None),
+    "its loads": lambda patch: patch.delattr(f"{TRITON}.load"),
+}
+
+
+@pytest.mark.parametrize("what", TAKEN_AWAY)
+def test_a_jax_without_pallas(what, monkeypatch):
+    """Said once, with the reason; everything works as where there is no kernel."""
+    TAKEN_AWAY[what](monkeypatch)
+    monkeypatch.setattr(_kernels, "_gpu", lambda: jax.devices()[0])
+    pretend_accelerator(monkeypatch)
+    A, b, y0 = (jnp.asarray(x) for x in elements(9, 2, lanes=1))
+    solve = jax.jit(lambda: affine_scan(A[..., 0], b[..., 0], y0[..., 0]))
+    with pytest.warns(UserWarning) as said:
+        actual = solve()
+    (warning,) = said
+    reason = f"Triton .*JAX {re.escape(jax.__version__)} does not have .*ordinary scan"
+    assert re.search(reason, str(warning.message))
+    assert_close(np.asarray(actual), loop(A, b, y0)[2][..., 0], rounding())
+    # From here on warnings are errors.
+    assert not are_right(3, np.float32)
+    with pytest.raises(ImportError, match="written in Pallas for Triton"):
+        run(A, b, y0)
+
+
+def test_a_jax_without_pallas_and_without_a_gpu(monkeypatch):
+    """Nothing asks for it, so nothing is said."""
+    for name in (PALLAS, TRITON):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(_kernels, "_gpu", lambda: None)
+    pretend_accelerator(monkeypatch)
+    A, b, y0 = (jnp.asarray(x) for x in elements(9, 2, lanes=1))
+    actual = jax.jit(lambda: affine_scan(A[..., 0], b[..., 0], y0[..., 0]))()
+    assert_close(np.asarray(actual), loop(A, b, y0)[2][..., 0], rounding())
+
+
+def test_pallas_is_imported_in_one_place():
+    package = pathlib.Path(_kernels.__file__).parent
+    imports = re.compile(r"^ *(?:import|from) .*\bpallas\b.*$", re.MULTILINE)
+    found = [
+        (path.name, line.strip())
+        for path in package.rglob("*.py")
+        for line in imports.findall(path.read_text())
+    ]
+    assert found == [
+        ("_kernels.py", f"import {PALLAS} as pallas"),
+        ("_kernels.py", f"import {TRITON} as triton"),
+    ]
