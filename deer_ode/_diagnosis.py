@@ -262,8 +262,10 @@ def _windows(found: Diagnosis, findings: Findings) -> str:
         if found.horizon > np.log(10) * findings.most_growth / 2
         else "Very sensitive in between"
     )
-    # Half of what can be borne leaves room for the guess.
-    window = found.num_steps * findings.most_growth / (2 * found.growth)
+    # A quarter of what can be borne: the growth is an average, twice that occurs, and a
+    # guess needs room as well. (Lorenz by Tsit5: half left thousands of sequential
+    # steps, a quarter none.)
+    window = found.num_steps * findings.most_growth / (4 * found.growth)
     window = max(1, int(float(f"{window:.2g}")))
     return (
         f"{chaotic}: rounding grows by {found.growth:.2g} digits, more than the "

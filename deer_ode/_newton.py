@@ -353,11 +353,15 @@ class Newton(AbstractMethod):
         is_known = jnp.arange(ys.shape[0], dtype=jnp.int32) < num_known
         linearised = recurrence.linearise(ys, linearisation)
         residual, A = linearised.residual, linearised.A
-        tolerance = self._tolerance(recurrence, linearised.defect_scale)
-        error = jax.vmap(self.norm)(linearised.defect / tolerance)
-        error = jnp.where(is_known, 0, error)
         residual = jnp.where(is_known[:, None], 0, residual)
         correction = scan_steps(A, residual)
+        scale = linearised.defect_scale
+        if linearised.per_unit is not None:
+            largest_change = jnp.max(jnp.abs(correction), axis=-1, keepdims=True)
+            scale = scale + linearised.per_unit * finite(largest_change)
+        tolerance = self._tolerance(recurrence, scale)
+        error = jax.vmap(self.norm)(linearised.defect / tolerance)
+        error = jnp.where(is_known, 0, error)
         # Written so that NaN is not right.
         is_right = is_known | ((error <= 1) & is_reasonable(ys + correction, largest))
         small, at_rounding = self._are_small(

@@ -48,6 +48,11 @@ class Linearised(NamedTuple):
     """The same in units of the state: $|y_i| + |A_i| |y_{i-1}|$."""
     rounding: Trajectory
     """A residual as rounding makes it, in units of rounding: of arbitrary signs."""
+    per_unit: Trajectory | None = None
+    r"""Of an equation: $\sum_k |B_{jk}|$. A correction of one unit comes with rounding
+    errors in all its entries, from the solution of the linear system; they make a
+    defect of this size, times the rounding unit.
+    """
 
 
 def arbitrary_signs(num_steps: int, size: int, dtype: Any) -> Trajectory:

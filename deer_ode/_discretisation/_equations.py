@@ -26,7 +26,13 @@ from .._affine import apply
 from .._custom_types import Args, Mask, State, Trajectory, Y
 from .._implicit import solve_trajectory
 from .._linearisation import Dense, Exact, SharedJacobian
-from .._misc import StateFlattener, hold_last_good, is_reasonable, previous_states
+from .._misc import (
+    StateFlattener,
+    by_platform,
+    hold_last_good,
+    is_reasonable,
+    previous_states,
+)
 from .._newton import Newton
 from .._predictor import Coarse, Constant
 from .._recurrence import AbstractRecurrence, Linearised, arbitrary_signs, cut
@@ -46,6 +52,11 @@ _ROUGHLY = Newton(guess=Constant(), rtol=1e-4, newton_max_steps=10, fallback=Fal
 
 # Beyond this size elimination written out compiles slowly and gains nothing.
 _WRITTEN_OUT = 4
+
+# Up to this size elimination of all blocks at once takes less time on a CPU than a call
+# of LAPACK for each, whose threads wait for each other: of 100 blocks of 32 rows 12 ms
+# in place of 3,700 on busy cores, of 64 rows 130 in place of 60 to 3,900 (JAX 0.12).
+_IN_A_LOOP = 64
 
 # Two solutions of the equation of a step that are closer, relatively, are the same.
 _SAME = 1e-4
@@ -86,20 +97,57 @@ def _eliminate(B: Array, right: Array) -> Array:
     return jnp.stack([jnp.stack(row[n:], axis=-1) for row in rows], axis=-2)
 
 
+def _eliminate_in_a_loop(B: Array, right: Array) -> Array:
+    """The same, column by column of all blocks at once."""
+    n = B.shape[-1]
+    rows = jnp.arange(n, dtype=jnp.int32)
+
+    def eliminate(k, arrays):
+        B, right = arrays
+        candidates = jnp.where(rows[None] >= k, jnp.abs(B[:, :, k]), -1)
+        pivot = lax.argmax(candidates, 1, jnp.int32)
+        is_k = (rows == k)[None, :, None]
+        is_pivot = (rows[None] == pivot[:, None])[..., None]
+
+        def swapped(M):
+            lower = jnp.take_along_axis(M, pivot[:, None, None], axis=1)
+            upper = lax.dynamic_slice_in_dim(M, k, 1, axis=1)
+            return jnp.where(is_k, lower, jnp.where(is_pivot, upper, M))
+
+        B, right = swapped(B), swapped(right)
+        factors = lax.dynamic_slice_in_dim(B, k, 1, axis=2)
+        divisor = lax.dynamic_slice_in_dim(factors, k, 1, axis=1)
+
+        def reduced(M):
+            row = lax.dynamic_slice_in_dim(M, k, 1, axis=1) / divisor
+            return jnp.where(is_k, row, M - factors * row)
+
+        return reduced(B), reduced(right)
+
+    return lax.fori_loop(0, n, eliminate, (B, right))[1]
+
+
 def solve_blocks(
     B: Float[Array, "steps n n"], right: Float[Array, "steps n columns"]
 ) -> Float[Array, "steps n columns"]:
     """$B_i^{-1} R_i$. A singular block gives what is not finite."""
     if B.shape[-1] <= _WRITTEN_OUT:
         return _eliminate(B, right)
+    by_lapack = jax.vmap(_solve_one)
+    if B.shape[-1] > _IN_A_LOOP:
+        return by_lapack(B, right)
+    return by_platform(
+        cpu=lambda: _eliminate_in_a_loop(B, right),
+        elsewhere=lambda: by_lapack(B, right),
+    )
 
-    def solve_one(B, right):
-        solver = lx.LU()
-        state = solver.init(lx.MatrixLinearOperator(B), {})
-        compute = lambda column: solver.compute(state, column, {})[0]
-        return jax.vmap(compute, in_axes=1, out_axes=1)(right)
 
-    return jax.vmap(solve_one)(B, right)
+def _solve_one(B, right):
+
+    solver = lx.LU()
+    state = solver.init(lx.MatrixLinearOperator(B), {})
+    compute = lambda column: solver.compute(state, column, {})[0]
+    return jax.vmap(compute, in_axes=1, out_axes=1)(right)
 
 
 def is_singular(B: Float[Array, "steps n n"]) -> Mask:
@@ -206,7 +254,8 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             solved = solve_blocks(B, -right)
             residual, rounding, A = solved[..., 0], solved[..., 1], solved[..., 2:]
             scale = jnp.abs(ys) + apply(jnp.abs(A), before)
-        return Linearised(residual, A, F, defect_scale, scale, rounding)
+            per_unit = jnp.sum(jnp.abs(B), axis=-1)
+        return Linearised(residual, A, F, defect_scale, scale, rounding, per_unit)
 
     def linear_response(self, ys, tangent, linearisation):
         del linearisation  # it is the exact one that is asked for
