@@ -4,7 +4,7 @@ import equinox as eqx
 
 from ._linearisation import Dense
 from ._method import AbstractMethod, solve_sequentially
-from ._misc import by_platform, has_accelerator
+from ._misc import by_platform, describe, has_accelerator
 from ._newton import Newton
 from ._recurrence import AbstractMapRecurrence
 
@@ -47,7 +47,7 @@ class Auto(AbstractMethod):
         if not isinstance(self.newton, Newton):
             raise ValueError(
                 "`Auto(newton)` must be how to iterate, a `Newton(...)`; got "
-                f"{self.newton!r}."
+                f"{describe(self.newton)}."
             )
 
     @property

@@ -6,12 +6,14 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
 from ._counting import count_resumed_steps, count_steps
 from ._custom_types import Args, Y
 from ._discretisation import AbstractImplicitTerm, consistent_initial_values
+from ._misc import describe
 from ._parallel_adjoint import CountedSteps, ParallelAdjoint
 from ._solver import DEER
 
@@ -140,6 +142,34 @@ def diffeqsolve(
     return _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs)
 
 
+def _can_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
+
+
+def _check_fields(terms, t0, y0: Y, args: Args) -> None:
+    """Whether what fields give looks like the state: for after something failed."""
+    fields = terms.terms if isinstance(terms, diffrax.MultiTerm) else (terms,)
+    shapes = lambda tree: jtu.tree_map(jnp.shape, tree, is_leaf=lambda x: x is None)
+    for term in fields:
+        if not isinstance(term, diffrax.ODETerm):
+            continue
+        field = term.vector_field
+        out = eqx.filter_eval_shape(field, jnp.asarray(t0, float), y0, args)
+        is_same = jtu.tree_structure(out) == jtu.tree_structure(y0) and all(
+            _can_broadcast(a.shape, jnp.shape(b))
+            for a, b in zip(jtu.tree_leaves(out), jtu.tree_leaves(y0), strict=True)
+        )
+        if not is_same:
+            name = getattr(field, "__qualname__", type(field).__name__)
+            raise ValueError(
+                f"The vector field `{name}` must give what looks like the state: "
+                f"arrays of shape {shapes(y0)}; got {shapes(out)}."
+            )
+
+
 def _is_endless(t0, t1) -> bool:
     """Whether only an event can end the solve."""
     if isinstance(t0, jax.core.Tracer) or isinstance(t1, jax.core.Tracer):
@@ -148,6 +178,11 @@ def _is_endless(t0, t1) -> bool:
 
 
 def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
+    if isinstance(solver, type):
+        raise ValueError(
+            "`solver` must be an instance of a solver, such as "
+            f"`DEER(diffrax.Tsit5())`; got {describe(solver)}."
+        )
     stepsize_controller = kwargs["stepsize_controller"]
     if isinstance(max_steps, str) and max_steps != "counted":
         raise ValueError(
@@ -199,15 +234,9 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
         )
     if adjoint is None:
         adjoint = ParallelAdjoint() if known is None else CountedSteps(known)
-    return diffrax.diffeqsolve(
-        terms,
-        solver,
-        t0,
-        t1,
-        dt0,
-        y0,
-        args,
-        adjoint=adjoint,
-        max_steps=max_steps,
-        **kwargs,
-    )
+    kwargs |= dict(adjoint=adjoint, max_steps=max_steps)
+    try:
+        return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, args, **kwargs)
+    except (TypeError, ValueError):
+        _check_fields(terms, t0, y0, args)
+        raise

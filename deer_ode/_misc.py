@@ -177,3 +177,10 @@ def num_operations(f: Callable, *args: PyTree) -> float | None:
     """
     lowered = jax.jit(lambda *args: f(*args)).lower(*args)
     return (lowered.cost_analysis() or {}).get("flops")
+
+
+def describe(x: Any) -> str:
+    """For messages: a class where an instance is needed is a common slip."""
+    if isinstance(x, type):
+        return f"the class `{x.__name__}`: write `{x.__name__}()`"
+    return repr(x)

@@ -32,6 +32,7 @@ from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
 from ._misc import (
     ROUNDING_UNITS,
     by_platform,
+    describe,
     finite,
     has_accelerator,
     hold_last_good,
@@ -108,22 +109,22 @@ class Newton(AbstractMethod):
         if not isinstance(self.linearisation, AbstractLinearisation):
             raise ValueError(
                 "`Newton(linearisation=...)` must be a linearisation such as `Exact()` "
-                f"or `Diagonal()`; got {self.linearisation!r}."
+                f"or `Diagonal()`; got {describe(self.linearisation)}."
             )
         if not isinstance(self.guess, AbstractPredictor):
             raise ValueError(
                 "`Newton(guess=...)` must be a predictor: `Coarse()`, `Constant()` or "
-                f"`Trajectory(ys)`; got {type(self.guess).__name__}."
+                f"`Trajectory(ys)`; got {describe(self.guess)}."
             )
         if not isinstance(self.damping, AbstractDamping):
             raise ValueError(
                 "`Newton(damping=...)` must be `Undamped()`, `LevenbergMarquardt()` or "
-                f"`Scaled(factor)`; got {self.damping!r}."
+                f"`Scaled(factor)`; got {describe(self.damping)}."
             )
         if not (self.window is None or isinstance(self.window, Window)):
             raise ValueError(
                 "`Newton(window=...)` must be `Window(length)`, or `None` for the "
-                f"whole interval at once; got {self.window!r}."
+                f"whole interval at once; got {describe(self.window)}."
             )
         if self.newton_max_steps < 1:
             raise ValueError(

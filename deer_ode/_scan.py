@@ -19,7 +19,7 @@ from ._method import (
     TrajectorySolution,
     sequential_solution,
 )
-from ._misc import StateFlattener, has_accelerator, previous_states
+from ._misc import StateFlattener, describe, has_accelerator, previous_states
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import Recurrence
 
@@ -187,7 +187,7 @@ def solve_recurrence(
     if not isinstance(method, AbstractMethod):
         raise TypeError(
             "`method` must be `Auto()`, `Newton(...)` or `Sequential()`; got "
-            f"{method!r}."
+            f"{describe(method)}."
         )
     options = dict(unroll=unroll, _split_transpose=_split_transpose)
     # The contract is that of `lax.scan` because it is `lax.scan` that checks it.

@@ -18,7 +18,7 @@ from ._custom_types import Args, Y
 from ._discretisation import Grid, check_one_step, discretise, one_step
 from ._implicit import solve_trajectory
 from ._method import AbstractMethod, Sequential
-from ._misc import StateFlattener
+from ._misc import StateFlattener, describe
 
 
 class WindowInterpolation(diffrax.AbstractLocalInterpolation):
@@ -95,13 +95,6 @@ def _warn_if_sequential(method: AbstractMethod) -> None:
     )
 
 
-def _describe(x: Any) -> str:
-    """For messages: a class where an instance is needed is a common slip."""
-    if isinstance(x, type):
-        return f"the class `{x.__name__}`: write `{x.__name__}()`"
-    return repr(x)
-
-
 class DEER(diffrax.AbstractWrappedSolver):
     r"""Takes the steps of a Diffrax solver in parallel over time.
 
@@ -141,14 +134,14 @@ class DEER(diffrax.AbstractWrappedSolver):
         if not isinstance(self.solver, diffrax.AbstractSolver):
             raise ValueError(
                 "`DEER(solver)` needs an instance of a Diffrax solver, such as "
-                f"`diffrax.Tsit5()`; got {_describe(self.solver)}."
+                f"`diffrax.Tsit5()`; got {describe(self.solver)}."
             )
         if type(self.solver) is DEER:
             raise ValueError("`DEER(DEER(...))` makes no sense: give the base solver.")
         if not isinstance(self.method, AbstractMethod):
             raise ValueError(
                 "`DEER(method=...)` needs `Auto()`, `Newton(...)` or `Sequential()`; "
-                f"got {_describe(self.method)}."
+                f"got {describe(self.method)}."
             )
         if self.num_substeps is not None and not (
             isinstance(self.num_substeps, int) and self.num_substeps > 0
