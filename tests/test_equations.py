@@ -31,10 +31,12 @@ from .helpers import (
     DOORS,
     ROOT_FINDER,
     assert_close,
+    assert_steps_agree,
     finite_difference,
     lotka_volterra,
     lotka_volterra_args,
     ode,
+    one_door_each,
     rounding,
     sqrt_eps,
 )
@@ -249,6 +251,13 @@ NUM_SUBSTEPS = 4
 SAVE_TS = np.array([0.0, 0.13, 0.5, 0.99, 1.0])
 
 
+@pytest.mark.parametrize("name", ORDERS)
+def test_values_and_gradients(name):
+    """Of every step, and of what lies between them."""
+    ts, times = jnp.linspace(0.0, 1.0, 17), jnp.array([0.03, 0.5, 0.99])
+    assert_steps_agree(ORDERS[name][0], ode, ts, times)
+
+
 def value_and_grad(solve, solver, dt0, **kwargs):
     terms, y0, args = ode()
 
@@ -263,45 +272,18 @@ def value_and_grad(solve, solver, dt0, **kwargs):
     return ys, grads
 
 
-@pytest.fixture(scope="module")
-def sequential():
-    """Answers of stock Diffrax, worked out once for the doors of one solver."""
-    known = {}
-
-    def get(name):
-        if name not in known:
-            known.clear()
-            solver, _ = ORDERS[name]
-            known[name] = value_and_grad(
-                stock, solver, 1 / NUM_STEPS, max_steps=NUM_STEPS
-            )
-        return known[name]
-
-    return get
-
-
-# These stand for the rest, which take minutes to compile.
-FAST = {("Obreshkov(3)", "b"), ("RadauIIA(2)", "b")}
-
-
 @pytest.mark.parametrize(
-    "name, door",
-    [
-        pytest.param(name, door, marks=() if (name, door) in FAST else pytest.mark.slow)
-        for name in ORDERS
-        for door in DOORS
-    ],
+    "name, door", one_door_each(("Obreshkov(2)", "RadauIIA(2)", "Obreshkov(1)"))
 )
-def test_values_and_gradients(name, door, sequential):
+def test_doors(name, door):
+    """The same through whole solves, with saves."""
     solver, _ = ORDERS[name]
     if door == "c":
         kwargs = dict(num_substeps=NUM_SUBSTEPS, dt0=NUM_SUBSTEPS / NUM_STEPS)
     else:
         kwargs = dict(dt0=1 / NUM_STEPS, max_steps=NUM_STEPS + 3)
-    ys, grads = value_and_grad(DOORS[door], solver, **kwargs)
-    expected_ys, expected_grads = sequential(name)
-    assert_close(ys, expected_ys, rounding(), what="values")
-    assert_close(grads, expected_grads, rounding(), what="gradients")
+    expected = value_and_grad(stock, solver, 1 / NUM_STEPS, max_steps=NUM_STEPS)
+    assert_close(value_and_grad(DOORS[door], solver, **kwargs), expected, rounding())
 
 
 def run(door, solver, t0=0.0, t1=2.0, dt0=0.1, y0=SWING_Y0, term=SWING, **kwargs):
