@@ -358,11 +358,13 @@ DOORS = {"a": door_a, "b": door_b, "c": door_c}
 
 def slow(values, which):
     """The same as parameters, of which some are run only with `--runslow`."""
-    rows = lambda v: v if isinstance(v, tuple) else (v,)
-    return [
-        pytest.param(*rows(v), marks=pytest.mark.slow) if which(v) else v
-        for v in values
-    ]
+    return [pytest.param(v, marks=pytest.mark.slow) if which(v) else v for v in values]
+
+
+def slow_rows(rows, which):
+    """The same for rows of several parameters each."""
+    mark = lambda row: pytest.param(*row, marks=pytest.mark.slow)
+    return [mark(row) if which(row) else row for row in rows]
 
 
 # The drop-in only counts steps before it goes the second way.
@@ -376,7 +378,7 @@ def one_door_each(names, doors=tuple(DOORS)):
     names = list(names)
     rows = [(name, door) for name in names for door in doors]
     is_slow = lambda row: doors[names.index(row[0]) % len(doors)] != row[1]
-    return slow(rows, is_slow)
+    return slow_rows(rows, is_slow)
 
 
 def tree_sub(a, b):

@@ -81,7 +81,7 @@ def swing(term, solver, dt0, max_steps):
 @pytest.mark.parametrize(
     "form, num_stages",
     [
-        ("index 3", 1),
+        pytest.param("index 3", 1, marks=pytest.mark.slow),
         pytest.param("index 3", 2, marks=pytest.mark.slow),
         ("index 3", 3),
         pytest.param("index 2", 1, marks=pytest.mark.slow),
@@ -209,7 +209,6 @@ def test_index_1_in_every_form():
         assert_close(solve_index_1(term, y0, args).ys, sol.ys, rounding(), what=name)
 
 
-@pytest.mark.slow
 def test_mass_matrix_by_a_function_and_gradients():
     y0 = jnp.array(1.0)
     reduced = diffrax.ODETerm(lambda t, y, args: -args * y * (jnp.cos(y) + t))

@@ -104,7 +104,17 @@ def solve(how, name, t0=0.0, t1=1.0, **kwargs):
 # --- the sample path ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "unsafe path"])
+# The others are in the table of all solvers.
+ORDINARY = ("StratonovichMilstein", "ShOULD", "half steps")
+
+
+@pytest.mark.parametrize(
+    "name",
+    slow(
+        [name for name in PROBLEMS if name != "unsafe path"],
+        lambda name: name not in ORDINARY,
+    ),
+)
 def test_values_and_gradients(name):
     """Of every step on the same path, and of what lies between steps."""
     solver, problem = PROBLEMS[name]
@@ -201,7 +211,7 @@ def observed_order(errors, counts):
     (
         (diffrax.Euler(), True, 0.5),
         (diffrax.ItoMilstein(), True, 1.0),
-        (diffrax.Heun(), False, 1.0),
+        pytest.param(diffrax.Heun(), False, 1.0, marks=pytest.mark.slow),
     ),
     ids=("Euler", "ItoMilstein", "Heun"),
 )

@@ -15,7 +15,14 @@ import optimistix as optx
 import pytest
 from scipy.linalg import expm
 
-from .helpers import BY_DOOR, DOORS, ROOT_FINDER, assert_close, rounding
+from .helpers import (
+    BY_DOOR,
+    DOORS,
+    ROOT_FINDER,
+    assert_close,
+    one_door_each,
+    rounding,
+)
 
 
 def solve(door, terms, solver, grid, y0, args=None, *, substeps=3, **kwargs):
@@ -440,25 +447,8 @@ def sequential():
     return get
 
 
-#: Those that go through windows without `--runslow`.
-IN_WINDOWS = ("latent ODE", "forcing", "planet", "two levels")
-
-
-def is_slow(name, door):
-    # The drop-in only counts steps before it goes the second way. The Stratonovich
-    # ensemble is another solver on the program of the Ito ensemble.
-    return door == "a" or "Strat" in name or (door == "c" and name not in IN_WINDOWS)
-
-
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
-@pytest.mark.parametrize(
-    "name, door",
-    [
-        pytest.param(name, door, marks=[pytest.mark.slow] * is_slow(name, door))
-        for name in SITUATIONS
-        for door in DOORS
-    ],
-)
+@pytest.mark.parametrize("name, door", one_door_each(SITUATIONS))
 def test_situation(name, door, sequential):
     tol = TOLERANCES.get(name, rounding())
     assert_close(SITUATIONS[name](door), sequential(name), tol, what=name)

@@ -18,6 +18,7 @@ from .helpers import (
     rounding,
     sequential_steps,
     slow,
+    slow_rows,
     sqrt_eps,
 )
 
@@ -76,8 +77,8 @@ def test_values_and_gradients(name):
 IN_WINDOWS = ("Tsit5", "Kvaerno5", "KenCarp4", "SemiImplicitEuler", "ShARK")
 DOOR_ROWS = [
     *(("Heun", door) for door in DOORS),
-    *slow([(name, "b") for name in SOLVERS if name != "Heun"], lambda row: True),
-    *slow([(name, "c") for name in IN_WINDOWS], lambda row: True),
+    *slow_rows([(name, "b") for name in SOLVERS if name != "Heun"], lambda row: True),
+    *slow_rows([(name, "c") for name in IN_WINDOWS], lambda row: True),
 ]
 
 
