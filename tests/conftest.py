@@ -8,9 +8,6 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compilation takes most of the time of the tests, and arithmetic little. Without the
-# expensive passes of XLA and LLVM the tests take a fifth to a third less CPU time.
-jax.config.update("jax_disable_most_optimizations", True)
 
 # Nothing above may import the package: the hook checks what is imported from here on.
 _hook = install_import_hook("deer_ode", "beartype.beartype")
