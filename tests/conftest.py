@@ -42,7 +42,9 @@ def pytest_collection_modifyitems(config, items):
     empty = functions_without_a_row(items) if has_whole_files(config) else []
     if empty:
         names = "\n".join(empty)
-        raise pytest.UsageError(
+        # The controller of pytest-xdist does not print usage errors of its workers.
+        error = RuntimeError if hasattr(config, "workerinput") else pytest.UsageError
+        raise error(
             "All rows of these tests are marked slow, so the ordinary run does not "
             f"test them at all. Make one row of each cheap:\n{names}"
         )
