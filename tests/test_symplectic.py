@@ -278,7 +278,7 @@ def test_parallel_agrees_with_stock(name):
     assert_steps_agree(METHODS[name][0], tree_problem, ts, times)
 
 
-@pytest.mark.parametrize("name, door", one_door_each(METHODS))
+@pytest.mark.parametrize("name, door", one_door_each(METHODS, ("c", "b", "a")))
 def test_doors(name, door):
     """The same through whole solves, with saves."""
     solver, _ = METHODS[name]
