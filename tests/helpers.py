@@ -6,6 +6,7 @@ import operator
 import diffrax
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
@@ -241,6 +242,84 @@ SOLVERS = {
 }
 
 
+# --- steps, without a loop of Diffrax around them -----------------------------------
+
+
+def sequential_steps(solver, terms, ts, y0, args, times=None):
+    """Steps of Diffrax's own code over the grid `ts`, one after the other. The states
+    after all of them, and the interpolated ones at `times`.
+    """
+
+    def step(y, t):
+        state = solver.init(terms, *t, y, args)
+        y1, _, info, _, _ = solver.step(terms, *t, y, args, state, made_jump=False)
+        return y1, (y1, info)
+
+    _, (ys, infos) = lax.scan(step, y0, (ts[:-1], ts[1:]))
+    if times is None:
+        return ys, None
+
+    def at(index, t):
+        info = jtu.tree_map(lambda x: x[index], infos)
+        t0, t1 = ts[index], ts[index + 1]
+        return solver.interpolation_cls(t0=t0, t1=t1, **info).evaluate(t)
+
+    return ys, jax.vmap(at)(_steps_at(ts, times), times)
+
+
+def parallel_steps(solver, terms, ts, y0, args, times=None, method=None):
+    """The same, all steps solved for at once."""
+    from deer_ode import Newton
+    from deer_ode._discretisation import Grid, discretise
+    from deer_ode._implicit import solve_trajectory
+
+    if method is None:
+        # Neither windows nor chunks nor a sequential finish: fewer programs to compile,
+        # and what is found is found in parallel.
+        method = Newton(window=None, chunk=1, fallback=False)
+    problem = discretise(solver, terms, Grid.from_points(ts), y0, args)
+    ys = solve_trajectory(problem.recurrence, method).ys
+    if times is None:
+        return problem.states(ys), None
+    steps = problem.take_steps(ys)
+    return problem.states(ys), problem.evaluate(ys, steps, times, _steps_at(ts, times))
+
+
+def _steps_at(ts, times):
+    """In which step each of `times` lies, of a grid that goes either way."""
+    sign = jnp.sign(ts[-1] - ts[0])
+    return jnp.searchsorted(sign * ts, sign * times) - 1
+
+
+def step_values_and_gradients(steps, solver, problem, ts, times=None):
+    """What `steps` returns for `problem`, and gradients of its squared real part with
+    respect to arguments and, if it is real, the initial state.
+    """
+    terms, y0, args = problem()
+    is_real = not any(jnp.iscomplexobj(y) for y in jtu.tree_leaves(y0))
+
+    def loss(inputs):
+        out = steps(solver, terms, ts, inputs.get("y0", y0), inputs["args"], times)
+        # A turn changes no absolute value, so its gradient would be rounding alone.
+        squares = jtu.tree_map(lambda y: jnp.sum(jnp.real(y) ** 2), out)
+        return sum(jtu.tree_leaves(squares), jnp.zeros(())), out
+
+    inputs = {"args": args} | ({"y0": y0} if is_real else {})
+    (_, out), grads = eqx.filter_jit(jax.value_and_grad(loss, has_aux=True))(inputs)
+    return out, grads
+
+
+def assert_steps_agree(solver, problem, ts, times=None, *, tol=None):
+    """Values and gradients of the parallel solve are those of Diffrax's steps."""
+    actual, expected = (
+        step_values_and_gradients(steps, solver, problem, ts, times)
+        for steps in (parallel_steps, sequential_steps)
+    )
+    tol = rounding() if tol is None else tol
+    assert_close(actual[0], expected[0], tol, what="values")
+    assert_close(actual[1], expected[1], tol, what="gradients")
+
+
 # --- the ways in --------------------------------------------------------------------
 
 
@@ -283,8 +362,24 @@ def slow(values, which):
     return [pytest.param(v, marks=pytest.mark.slow) if which(v) else v for v in values]
 
 
+def slow_rows(rows, which):
+    """The same for rows of several parameters each."""
+    mark = lambda row: pytest.param(*row, marks=pytest.mark.slow)
+    return [mark(row) if which(row) else row for row in rows]
+
+
 # The drop-in only counts steps before it goes the second way.
 BY_DOOR = slow(DOORS, lambda door: door == "a")
+
+
+def one_door_each(names, doors=tuple(DOORS)):
+    """Rows of a table of `names` and doors. The ordinary run has each name once, and
+    the doors in rotation; the other rows are slow.
+    """
+    names = list(names)
+    rows = [(name, door) for name in names for door in doors]
+    is_slow = lambda row: doors[names.index(row[0]) % len(doors)] != row[1]
+    return slow_rows(rows, is_slow)
 
 
 def tree_sub(a, b):

@@ -147,7 +147,6 @@ def test_tables_are_rectangular(measured):
             assert len(lines) >= 3
 
 
-@pytest.mark.slow
 def test_again_with_loops_compiled_whole(tmp_path):
     if not can_use_cpu_flag():
         pytest.skip("for a CPU without the flag")

@@ -22,7 +22,7 @@ from deer_ode import (
     solve_recurrence,
 )
 
-from .helpers import assert_close, both, rounding, sqrt_eps
+from .helpers import assert_close, both, rounding, slow_rows, sqrt_eps
 
 
 def problems():
@@ -38,7 +38,7 @@ SLOW = [
     name
     for name in PROBLEMS
     if name.endswith(("Obreshkov", "RadauIIA", "Kvaerno5"))
-    and not name.startswith(("Lorenz, 50", "Robertson, RadauIIA"))
+    or name.startswith("pendulum, 1,000 periods, Tsit5")
 ]
 
 #: How many times more than a rounding error of 4 units in each step leads to.
@@ -93,20 +93,26 @@ def test_hard_dynamics(name):
         check(problem, method, expected, bound)
 
 
-@pytest.mark.slow
+REMEDIES = {
+    "plain": Newton(window=None),
+    "two windows": Newton(window=Window((256, 32))),
+    "damped": Newton(damping=LevenbergMarquardt()),
+}
+
+
 @pytest.mark.parametrize(
-    "method",
-    (
-        Newton(window=None),
-        Newton(window=Window((256, 32))),
-        Newton(damping=LevenbergMarquardt()),
+    "name, remedy",
+    slow_rows(
+        [
+            (name, remedy)
+            for name in ("Lorenz, 10 Lyapunov times, Tsit5", "GRU, weights x 10")
+            for remedy in REMEDIES
+        ],
+        lambda row: row != ("GRU, weights x 10", "plain"),
     ),
-    ids=("plain", "two windows", "damped"),
 )
-@pytest.mark.parametrize(
-    "name", ["Lorenz, 10 Lyapunov times, Tsit5", "GRU, weights x 10"]
-)
-def test_every_remedy(name, method):
+def test_every_remedy(name, remedy):
+    method = REMEDIES[remedy]
     problem = PROBLEMS[name]
     expected = np.asarray(eqx.filter_jit(problem.twin)(problem.start))
     check(problem, method, expected, bound_of_rounding(problem, expected))

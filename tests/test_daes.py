@@ -20,7 +20,13 @@ from deer_ode import (
     diffeqsolve,
 )
 
-from .helpers import assert_close, rounding, sqrt_eps
+from .helpers import (
+    assert_close,
+    parallel_steps,
+    rounding,
+    sequential_steps,
+    sqrt_eps,
+)
 
 
 GRAVITY = 9.81
@@ -81,7 +87,7 @@ def swing(term, solver, dt0, max_steps):
 @pytest.mark.parametrize(
     "form, num_stages",
     [
-        ("index 3", 1),
+        pytest.param("index 3", 1, marks=pytest.mark.slow),
         pytest.param("index 3", 2, marks=pytest.mark.slow),
         ("index 3", 3),
         pytest.param("index 2", 1, marks=pytest.mark.slow),
@@ -118,15 +124,16 @@ def test_pendulum_has_no_spurious_solution(num_steps):
     """A coarse guess leads Newton to other solutions of the same equations, on which
     the pendulum jumps through the circle.
     """
-    dt0 = jnp.asarray(2.0 / num_steps)
-    ys, stats = swing(PENDULUM, RadauIIA(3), dt0, num_steps)
+    ts = jnp.linspace(0.0, 2.0, num_steps + 1)
     y0 = consistent_initial_values(
         PENDULUM, 0.0, start(jnp.asarray(ANGLE)), jnp.asarray(GRAVITY)
     ).y0
-    expected = diffrax.diffeqsolve(
-        PENDULUM, RadauIIA(3), 0.0, 2.0, dt0, y0, jnp.asarray(GRAVITY),
-        max_steps=num_steps, saveat=diffrax.SaveAt(steps=True),
-    ).ys  # fmt: skip
+
+    def solve(steps, **kwargs):
+        of = lambda y0, g: steps(RadauIIA(3), PENDULUM, ts, y0, g, **kwargs)[0]
+        return jax.jit(of)(y0, jnp.asarray(GRAVITY))
+
+    ys, expected = solve(parallel_steps, method=Newton()), solve(sequential_steps)
     # A system of index 3 magnifies rounding by h^-2 in its multiplier.
     assert_close(ys[:2], expected[:2], rounding())
     assert_close(ys[2], expected[2], rounding() * num_steps**2)
@@ -209,18 +216,16 @@ def test_index_1_in_every_form():
         assert_close(solve_index_1(term, y0, args).ys, sol.ys, rounding(), what=name)
 
 
-@pytest.mark.slow
 def test_mass_matrix_by_a_function_and_gradients():
     y0 = jnp.array(1.0)
     reduced = diffrax.ODETerm(lambda t, y, args: -args * y * (jnp.cos(y) + t))
     term = MassMatrixTerm(decay_field, MASSES["function"])
+    ts = jnp.linspace(0.0, 1.0, 9)
 
     def loss(inputs, implicit):
         y0, args = inputs
-        if implicit:
-            ys = solve_index_1(term, (y0, jnp.zeros(())), args).ys[0]
-        else:
-            ys = solve_index_1(reduced, y0, args).ys
+        solve = lambda term, y0: parallel_steps(RadauIIA(3), term, ts, y0, args)[0]
+        ys = solve(term, (y0, jnp.zeros(())))[0] if implicit else solve(reduced, y0)
         return jnp.sum(ys**2), ys
 
     inputs = (y0, jnp.array(0.8))

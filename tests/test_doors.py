@@ -35,7 +35,12 @@ from .helpers import (
     assert_close,
     lotka_volterra,
     lotka_volterra_args,
+    one_door_each,
+    parallel_steps,
     rounding,
+    sequential_steps,
+    slow,
+    slow_rows,
     sqrt_eps,
     unchecked,
     van_der_pol,
@@ -45,6 +50,17 @@ from .helpers import (
 TERM = diffrax.ODETerm(lotka_volterra)
 Y0 = jnp.array([10.0, 5.0])
 TSIT5 = DEER(diffrax.Tsit5(), Newton())
+
+
+#: Where whole intervals and windows have the same code to go through, or both of the
+#: ways to whole intervals, one of them stands for the others.
+IN_ONE = slow(DOORS, lambda door: door != "b")
+A_OR_B = slow(("a", "b"), lambda door: door != "a")
+#: Second derivatives of whole solves take long to compile.
+HESSIANS = [
+    (diffrax.Euler(), "b"),
+    *slow_rows([(diffrax.Tsit5(), "a"), (diffrax.Tsit5(), "b")], lambda row: True),
+]
 
 
 def run(door, solver=None, t0=0.0, t1=3.0, dt0=0.1, y0=Y0, args=None, term=TERM, **kw):
@@ -105,8 +121,7 @@ SAVES = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("what", SAVES)
+@pytest.mark.parametrize("what, door", one_door_each(SAVES))
 def test_saveat(what, door):
     saveat = SAVES[what]()
     expected = run(None, saveat=saveat)
@@ -122,7 +137,7 @@ def test_saveat(what, door):
         assert_same_solution(sol, expected)
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", slow(DOORS, lambda door: door == "b"))
 def test_dense(door):
     ts = jnp.linspace(0.0, 3.0, 41)
     kwargs = {"num_substeps": 3, "dt0": 0.3} if door == "c" else {}
@@ -146,16 +161,15 @@ def test_backward_in_time(door):
     assert_same_solution(run(door, **kwargs), run(None, **kwargs))
 
 
-@pytest.mark.parametrize("door", ("a", "b"))
-@pytest.mark.parametrize("dt0", (0.7, 0.3, 3.0, 5.0))
+@pytest.mark.parametrize("dt0, door", one_door_each((0.7, 0.3, 3.0, 5.0), ("a", "b")))
 def test_the_steps_are_those_of_diffrax(dt0, door):
     """The first is dt0 long, the others divide the interval; the last is clipped."""
     saveat = diffrax.SaveAt(steps=True)
-    expected = run(None, t1=1.0, dt0=dt0, saveat=saveat)
-    assert_same_solution(run(door, t1=1.0, dt0=dt0, saveat=saveat), expected)
+    kwargs = dict(solver=diffrax.Euler(), t1=1.0, dt0=dt0, saveat=saveat)
+    assert_same_solution(run(door, **kwargs), run(None, **kwargs))
 
 
-@pytest.mark.parametrize("door", BY_DOOR)
+@pytest.mark.parametrize("door", IN_ONE)
 def test_step_to(door):
     ts = jnp.array([0.0, 0.1, 0.15, 0.4, 0.41, 0.9, 1.0])
     kwargs = dict(
@@ -280,8 +294,9 @@ def test_gradients_at_the_times_of_steps():
         return jax.value_and_grad(loss)(lotka_volterra_args())
 
     ts = jnp.linspace(0.0, 1.0, 6)
-    expected = gradient(None, ts)
-    for actual in (gradient("a", ts), jax.jit(lambda ts: gradient("a", ts))(ts)):
+    expected = jax.jit(lambda: gradient(None, ts))()
+    known = jax.jit(lambda: gradient("a", ts))()
+    for actual in (known, jax.jit(lambda ts: gradient("a", ts))(ts)):
         assert_close(actual, expected, rounding())
 
 
@@ -335,8 +350,7 @@ EVENTS = {
 }
 
 
-@pytest.mark.parametrize("door", BY_DOOR)
-@pytest.mark.parametrize("which", EVENTS)
+@pytest.mark.parametrize("which, door", one_door_each(EVENTS, ("b", "c", "a")))
 def test_events(which, door):
     """The bouncing ball's first bounce, with saves around it."""
     kwargs = dict(
@@ -368,7 +382,7 @@ def test_gradient_of_an_event_time(door):
     np.testing.assert_allclose(float(slope), exact / 20, rtol=1e-9)
 
 
-@pytest.mark.parametrize("door", ("a", "b"))
+@pytest.mark.parametrize("door", A_OR_B)
 def test_what_comes_after_an_event_does_no_harm(door):
     """The field is not a number where the event has stopped the solve before."""
     term = diffrax.ODETerm(lambda t, y, args: -jnp.sqrt(y) - args)
@@ -382,8 +396,18 @@ def test_what_comes_after_an_event_does_no_harm(door):
         assert_same_solution(run(door, method=method, **kwargs), expected)
 
 
-@pytest.mark.parametrize("method", (None, Newton(), Newton(fallback=False)), ids=str)
-@pytest.mark.parametrize("root_finder", (None, optx.Newton(1e-9, 1e-9)))
+@pytest.mark.parametrize(
+    "root_finder, method",
+    [
+        (None, Newton(fallback=False)),
+        (optx.Newton(1e-9, 1e-9), Newton()),
+        pytest.param(None, Newton(), marks=pytest.mark.slow),
+        pytest.param(
+            optx.Newton(1e-9, 1e-9), Newton(fallback=False), marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
 def test_derivatives_with_an_event_before_what_is_not_a_number(root_finder, method):
     """After the event the field is NaN, and at zero its derivative is infinite."""
     cond_fn = lambda t, y, args, **kw: y - 0.2 if root_finder else y < 0.2
@@ -398,18 +422,28 @@ def test_derivatives_with_an_event_before_what_is_not_a_number(root_finder, meth
         return jnp.sum(jnp.where(jnp.isfinite(ys), ys, 0))
 
     args = jnp.array(0.3)
-    expected = jax.grad(lambda args: total(args, None))(args)
-    extra = {} if method is None else dict(method=method)
-    reverse = jax.grad(lambda args: total(args, "b", **extra))(args)
-    forward = jax.jacfwd(lambda args: total(args, "b", **extra))(args)
+    expected = jax.jit(jax.grad(lambda args: total(args, None)))(args)
+    parallel = lambda args: total(args, "b", method=method)
+    reverse, forward = jax.jit(
+        lambda args: (jax.grad(parallel)(args), jax.jacfwd(parallel)(args))
+    )(args)
     assert abs(expected) > 0.1
     # Beside rounding, the tolerance of the root finder.
     np.testing.assert_allclose(reverse, expected, rtol=1e-8)
     np.testing.assert_allclose(forward, expected, rtol=1e-8)
 
 
-@pytest.mark.parametrize("door", ("a", "b"))
-@pytest.mark.parametrize("solver", (diffrax.Tsit5(), Obreshkov()), ids=repr)
+@pytest.mark.parametrize(
+    "solver, door",
+    [
+        (diffrax.Midpoint(), "b"),
+        (Obreshkov(), "b"),
+        pytest.param(diffrax.Tsit5(), "a", marks=pytest.mark.slow),
+        pytest.param(diffrax.Tsit5(), "b", marks=pytest.mark.slow),
+        pytest.param(Obreshkov(), "a", marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
 def test_derivatives_with_an_event_before_times_without_a_field(solver, door):
     """The field is not a number from t = 1 on, whatever the state."""
     kwargs = dict(
@@ -424,10 +458,10 @@ def test_derivatives_with_an_event_before_times_without_a_field(solver, door):
         return jnp.sum(jnp.where(jnp.isfinite(ys), ys, 0))
 
     args = jnp.array(1.0)
-    expected = jax.grad(lambda args: total(args, None))(args)
+    expected = jax.jit(jax.grad(lambda args: total(args, None)))(args)
     assert abs(expected) > 0.1
     for differentiate in (jax.grad, jax.jacfwd):
-        actual = differentiate(lambda args: total(args, door))(args)
+        actual = jax.jit(differentiate(lambda args: total(args, door)))(args)
         np.testing.assert_allclose(actual, expected, rtol=rounding())
 
 
@@ -465,8 +499,7 @@ STATES = {
 
 
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
-@pytest.mark.parametrize("door", BY_DOOR)
-@pytest.mark.parametrize("which", STATES)
+@pytest.mark.parametrize("which, door", one_door_each(STATES, ("b", "c", "a")))
 def test_states(which, door):
     field, y0 = STATES[which]
     kwargs = dict(
@@ -479,19 +512,26 @@ def test_states(which, door):
     assert_same_solution(sol, expected)
 
 
-@pytest.mark.parametrize("door", BY_DOOR)
+@pytest.mark.parametrize("door", IN_ONE)
 def test_no_time_at_all(door):
     saveat = diffrax.SaveAt(t0=True, ts=[1.0, 1.0], t1=True)
-    kwargs = dict(t0=1.0, t1=1.0, saveat=saveat)
-    assert_same_solution(run(door, **kwargs), run(None, **kwargs))
+    kwargs = dict(solver=diffrax.Heun(), t0=1.0, t1=1.0, saveat=saveat)
 
-    def loss(door):
-        return lambda y0: jnp.sum(run(door, y0=y0, **kwargs).ys ** 2)
+    @eqx.filter_jit
+    def gradient(y0, door):
+        def loss(y0):
+            sol = run(door, y0=y0, **kwargs)
+            return jnp.sum(sol.ys**2), sol
 
-    assert_close(jax.grad(loss(door))(Y0), jax.grad(loss(None))(Y0), rounding())
+        return jax.grad(loss, has_aux=True)(y0)
+
+    slope, sol = gradient(Y0, door)
+    expected_slope, expected = gradient(Y0, None)
+    assert_same_solution(sol, expected)
+    assert_close(slope, expected_slope, rounding())
 
 
-@pytest.mark.parametrize("door", BY_DOOR)
+@pytest.mark.parametrize("door", IN_ONE)
 def test_too_few_steps(door):
     kwargs = dict(max_steps=7, saveat=diffrax.SaveAt(ts=[0.3, 0.69, 0.75], steps=2))
     if door == "a":  # this helper of the tests leaves `max_steps` out for it
@@ -538,7 +578,7 @@ def test_first_nonfinite_step(fallback):
     assert sol.result == failed
 
 
-@pytest.mark.parametrize("door", BY_DOOR)
+@pytest.mark.parametrize("door", IN_ONE)
 def test_closed_over_parameters(door):
     """Gradients reach what the vector field closes over, forward and reverse."""
     kwargs = dict(saveat=diffrax.SaveAt(ts=[0.5, 2.0]), max_steps=64)
@@ -568,20 +608,31 @@ def test_forward_mode_and_direct_adjoint_in_windows():
         return jnp.sum(sol.ys)
 
     a = jnp.array(1.1)
-    expected = jax.grad(lambda a: loss(None, diffrax.RecursiveCheckpointAdjoint(), a))(
-        a
-    )
+    checkpointed = lambda a: loss(None, diffrax.RecursiveCheckpointAdjoint(), a)
+    expected = jax.jit(jax.grad(checkpointed))(a)
     forward = lambda a: loss("c", diffrax.ForwardMode(), a)
     direct = lambda a: loss("c", diffrax.DirectAdjoint(), a)
     assert_close(jax.jit(jax.jacfwd(forward))(a), expected, rounding())
     assert_close(jax.jit(jax.grad(direct))(a), expected, rounding())
 
 
-@pytest.mark.parametrize("door", BY_DOOR[:2])
-def test_hessian(door):
+def test_hessian_of_steps():
+    ts = jnp.linspace(0.0, 1.0, 6)
+
+    def hessian(steps):
+        of = lambda args: steps(diffrax.Heun(), TERM, ts, Y0, args)[0]
+        loss = lambda args: jnp.sum(of(args)[-1] ** 2)
+        return jax.jit(jax.hessian(loss))(lotka_volterra_args())
+
+    assert_close(hessian(parallel_steps), hessian(sequential_steps), rounding())
+
+
+@pytest.mark.parametrize("solver, door", HESSIANS)
+def test_hessian(solver, door):
     def loss(door, **kw):
         def of(args):
-            return jnp.sum(run(door, t1=1.0, args=args, max_steps=12, **kw).ys ** 2)
+            kwargs = dict(t1=1.0, args=args, max_steps=12, **kw)
+            return jnp.sum(run(door, solver, **kwargs).ys ** 2)
 
         return of
 
@@ -591,8 +642,9 @@ def test_hessian(door):
     assert_close(actual, expected, rounding())
 
 
-@pytest.mark.parametrize("door", ("b", "c"))
-@pytest.mark.parametrize("over", ("y0", "args", "t1", "saveat"))
+@pytest.mark.parametrize(
+    "over, door", one_door_each(("y0", "args", "t1", "saveat"), ("b", "c"))
+)
 def test_vmap(over, door):
     y0s = jnp.stack([Y0, 0.5 * Y0, 2.0 * Y0])
     scales = jnp.array([1.0, 0.7, 1.3])
@@ -635,12 +687,13 @@ def test_padding_is_exact_in_gradients():
         )  # fmt: skip
 
     args = jnp.array(0.9)
-    expected = jax.grad(loss(None, 10))(args)
-    assert_close(jax.grad(loss("b", 10))(args), expected, rounding())
-    assert_close(jax.grad(loss("b", 24))(args), expected, rounding())
+    grad = lambda *which: jax.jit(jax.grad(loss(*which)))(args)
+    expected = grad(None, 10)
+    assert_close(grad("b", 10), expected, rounding())
+    assert_close(grad("b", 24), expected, rounding())
 
 
-@pytest.mark.parametrize("door", ("a", "b"))
+@pytest.mark.parametrize("door", A_OR_B)
 def test_warm_start(door):
     saveat = diffrax.SaveAt(t1=True, solver_state=True)
     cold = run(door, saveat=saveat)
@@ -673,7 +726,7 @@ def test_solver_state_in_windows():
     assert int(counts[1]) > int(counts[0])
 
 
-@pytest.mark.parametrize("door", ("a", "b"))
+@pytest.mark.parametrize("door", A_OR_B)
 def test_controller_state_goes_on(door):
     """Stop after some steps and go on from the controller's state, which keeps the size
     that steps had.
@@ -810,7 +863,7 @@ def test_diagonal_linearisation_finds_the_same_answer():
     assert_close(sol.ys, run(None).ys, rounding())
 
 
-@pytest.mark.parametrize("door", ("a", "b"))
+@pytest.mark.parametrize("door", A_OR_B)
 def test_fallback_is_reported(door):
     """One iteration is not enough: finished sequentially, or a failure that says so."""
     saveat = diffrax.SaveAt(steps=True)
@@ -850,7 +903,7 @@ def test_a_window_that_fails_is_rejected():
     assert fixed.result == diffrax.RESULTS.nonlinear_max_steps_reached
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("door", BY_DOOR)
 def test_non_finite_where_the_sequential_answer_is(door):
     """y' = y^2 blows up at t = 1."""
     kwargs = dict(
@@ -1010,7 +1063,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"`DEER\(Tsit5\(...\)\)` in place of"):
         diffrax.diffeqsolve(TERM, diffrax.Tsit5(), 0.0, 1.0, 0.1, Y0, args, **parallel)
     with pytest.raises(ValueError, match="Leave out `num_substeps`"):
-        solver = DEER(num_substeps=3)
+        solver = DEER(Obreshkov(), num_substeps=3)
         diffrax.diffeqsolve(TERM, solver, 0.0, 1.0, 0.1, Y0, args, **parallel)
     with pytest.raises(ValueError, match="at most how many steps"):
         run("b", max_steps=None)
@@ -1023,9 +1076,9 @@ def test_refusals():
         run("a", y0=Y0[:1], dt0=0.1, term=diffrax.ODETerm(lambda t, y, a: -y),
             method=method)  # fmt: skip
     with pytest.raises(ValueError, match="positive integer or `None`; got 0"):
-        DEER(num_substeps=0)
+        DEER(Obreshkov(), num_substeps=0)
     with pytest.raises(ValueError, match="give the base solver"):
-        DEER(DEER())
+        DEER(DEER(Obreshkov()))
     with pytest.raises(ValueError, match="`dt0` is the size of the steps"):
         run("a", dt0=None)
 

@@ -27,7 +27,7 @@ from benchmarks._neural_cde import (
     train,
 )
 
-from .helpers import assert_close, rounding
+from .helpers import assert_close, rounding, slow_rows
 
 
 NUM_STEPS, NUM_CLASSES, BATCH = 48, 3, 3
@@ -102,8 +102,13 @@ def value_and_grad(classifier, controls, labels, solver):
     return eqx.filter_value_and_grad(of_both, has_aux=True)((classifier, controls))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, form",
+    slow_rows(
+        [(kind, form) for kind in KINDS for form in FORMS],
+        lambda row: row not in (("rectilinear", "raw"), ("cubic", "to_ode")),
+    ),
+)
 def test_loss_and_gradients(series, kind, form):
     """Those of stock Diffrax, for the parameters and for the controls themselves."""
     batch = take(series, controls_of(series, kind), np.arange(BATCH))

@@ -18,6 +18,7 @@ from .helpers import (
     finite_difference,
     random_like,
     rounding,
+    slow,
     sqrt_eps,
     tree_dot,
 )
@@ -198,8 +199,18 @@ def multi_head(strides=(1,), num_heads=3, size=2, **kwargs):
     return eqx.tree_at(lambda m: m.new_bias, gru, bias)
 
 
-@pytest.mark.parametrize("reverse", (False, True))
-@pytest.mark.parametrize("strides", ((1,), (3,), (2, 1)), ids=str)
+@pytest.mark.parametrize(
+    "strides, reverse",
+    [
+        ((1,), False),
+        ((3,), True),
+        ((2, 1), False),
+        pytest.param((1,), True, marks=pytest.mark.slow),
+        pytest.param((3,), False, marks=pytest.mark.slow),
+        pytest.param((2, 1), True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_multi_head_gru(strides, reverse):
     """Also where the stride does not divide the length."""
     gru, xs = multi_head(strides, num_heads=2, reverse=reverse), _inputs(num_steps=5)
@@ -333,7 +344,11 @@ def squares(ys):
     return sum(jnp.sum(jnp.sin(y)) for y in jtu.tree_leaves(ys))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+#: One after the other, from the last to the first, and several at once.
+SIMILAR = ("LSTM backwards", "both directions", "own cell", "strides backwards")
+
+
+@pytest.mark.parametrize("name", slow(LAYERS, lambda name: name in SIMILAR))
 def test_padding_changes_nothing(name):
     """Not even padding of NaN: outputs, states and gradients are the short ones."""
     layer, num_there = LAYERS[name](), 6
@@ -359,7 +374,7 @@ def test_padding_changes_nothing(name):
             assert_close(p_out[1], out[1], rounding())
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", slow(LAYERS, lambda name: name in SIMILAR))
 def test_mask_of_a_prefix_is_a_length(name):
     layer, xs = LAYERS[name](), _inputs()
     run = quick(lambda m, xs, **kwargs: m.solve(xs, method=Newton(), **kwargs).carries)
@@ -387,7 +402,7 @@ def test_nothing_but_padding(name):
         assert bool(jnp.all(jnp.isfinite(leaf)))
 
 
-@pytest.mark.parametrize("dtype", (jnp.int32, jnp.int64))
+@pytest.mark.parametrize("dtype", slow(("int32", "int64"), lambda t: t == "int32"))
 def test_batches_of_padded_sequences(dtype):
     """`jax.vmap` over sequences and their lengths, of any integer dtype."""
     layer = LAYERS["strides"]()
@@ -480,23 +495,25 @@ def test_classifier():
     )
 
 
-@pytest.mark.slow
-def test_classifier_ignores_padding():
+PADDED = {
+    "length": lambda: dict(length=jnp.int32(6), method=Newton()),
+    "mask": lambda: dict(mask=jnp.arange(NUM_STEPS) < 6, method=Newton()),
+    "sequential": lambda: dict(length=jnp.int32(6), method=Sequential()),
+}
+
+
+@pytest.mark.parametrize("how", slow(PADDED, lambda how: how != "length"))
+def test_classifier_ignores_padding(how):
     model, xs = classifier(), _inputs(num_steps=6)
     slope, out = learn(model, xs, method=Newton())
     padded = jnp.concatenate([xs, jnp.full((5, NUM_INPUTS), jnp.nan)])
-    for kwargs in (
-        dict(length=jnp.int32(6)),
-        dict(mask=jnp.arange(NUM_STEPS) < 6),
-        dict(length=jnp.int32(6), method=Sequential()),
-    ):
-        p_slope, p_out = learn(model, padded, **kwargs)
-        assert_close(p_out.logits, out.logits, rounding())
-        assert_close(p_slope, slope, rounding())
-    nothing_slope, nothing = learn(
-        model, padded.at[:].set(jnp.nan), length=jnp.int32(0)
-    )
-    for leaf in jtu.tree_leaves((nothing_slope, nothing.logits)):
+    p_slope, p_out = learn(model, padded, **PADDED[how]())
+    assert_close(p_out.logits, out.logits, rounding())
+    assert_close(p_slope, slope, rounding())
+    if how != "length":
+        return
+    nothing = learn(model, jnp.full_like(padded, jnp.nan), length=jnp.int32(0))
+    for leaf in jtu.tree_leaves((nothing[0], nothing[1].logits)):
         assert bool(jnp.all(jnp.isfinite(leaf)))
 
 
@@ -512,7 +529,6 @@ def test_classifier_of_a_batch():
     assert_close(run(batch, lengths), expected, rounding())
 
 
-@pytest.mark.slow
 def test_dropout():
     """Only with a key, for whole sequences, and without bias."""
     plain, model, xs = classifier(), classifier(dropout=0.4), _inputs()
@@ -561,7 +577,6 @@ def test_dropout_leaves_the_same_outputs_out_at_all_steps():
     assert 0 < dropped[0].sum() < 4
 
 
-@pytest.mark.slow
 def test_classifier_in_single_precision():
     model, xs = classifier(dtype=jnp.float32), _inputs().astype(jnp.float32)
     slope, out = learn(model, xs, length=jnp.int32(7))

@@ -7,6 +7,8 @@ import sys
 import jax
 import pytest
 
+from .helpers import slow
+
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
 
@@ -22,7 +24,7 @@ def run(name: str) -> dict:
     return namespace
 
 
-def test_first_solve(monkeypatch):
+def first_solve(monkeypatch):
     monkeypatch.setenv("DEER_ODE_NOTEBOOK_STEPS", "200")
     found = run("first_solve.ipynb")
     # Populations of up to about 30, in float64.
@@ -32,8 +34,7 @@ def test_first_solve(monkeypatch):
     assert found["warm_steps"] == 1
 
 
-@pytest.mark.slow
-def test_recurrent_networks(monkeypatch):
+def recurrent_networks(monkeypatch):
     datasets = pytest.importorskip("examples.datasets")
     if not (datasets.data_folder() / "spoken_digits_8khz.npz").exists():
         pytest.skip("the spoken digits are not in the folder that DEER_ODE_DATA names")
@@ -51,9 +52,18 @@ def test_recurrent_networks(monkeypatch):
     assert len(found["history"]["accuracy"]) == 2
 
 
+NOTEBOOKS = {"first_solve": first_solve, "recurrent_networks": recurrent_networks}
+
+
+@pytest.mark.parametrize(
+    "name", slow(NOTEBOOKS, lambda name: name == "recurrent_networks")
+)
+def test_notebook(name, monkeypatch):
+    NOTEBOOKS[name](monkeypatch)
+
+
 def test_every_notebook_is_tested():
-    names = {path.name for path in FOLDER.glob("*.ipynb")}
-    assert names == {"first_solve.ipynb", "recurrent_networks.ipynb"}
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda p: p.name)

@@ -35,6 +35,8 @@ from .helpers import (
     finite_difference,
     random_like,
     rounding,
+    slow,
+    slow_rows,
     sqrt_eps,
     tree_dot,
 )
@@ -401,11 +403,21 @@ def test_finite_differences():
     np.testing.assert_allclose(slope, expected, rtol=sqrt_eps(), atol=sqrt_eps())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
-@pytest.mark.parametrize("name", ("gru", "almost affine"))
-def test_long_sequences(name, dtype):
-    num_steps = 100_000
+@pytest.mark.parametrize(
+    "name, dtype, num_steps",
+    [
+        ("almost affine", jnp.float64, 20_000),
+        *slow_rows(
+            [
+                (name, dtype, 100_000)
+                for name in ("gru", "almost affine")
+                for dtype in (jnp.float32, jnp.float64)
+            ],
+            lambda row: True,
+        ),
+    ],
+)
+def test_long_sequences(name, dtype, num_steps):
     if name == "gru":
         step, inputs = problem("gru", dtype, num_steps)
     else:
@@ -702,7 +714,7 @@ def test_sequential_is_lax_scan_itself(name):
     assert sol.result == optx.RESULTS.successful
 
 
-@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("reverse", slow((False, True), lambda reverse: not reverse))
 def test_guess(reverse):
     """The answer as a guess takes one iteration, in the order of `xs`."""
     step, inputs = problem("leapfrog", num_steps=20)

@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 
-from .helpers import DOORS, assert_close, rounding
+from .helpers import DOORS, assert_close, assert_steps_agree, rounding, slow
 
 
 # Diffrax looks into one wrapper only for what a solver converges to.
@@ -87,7 +87,6 @@ PROBLEMS = {
         lambda: sde(diffrax.UnsafeBrownianPath((2,), jr.key(3))),
     ),
 }
-SLOW = ("SlowRK", "ALIGN", "ShOULD", "half steps", "SPaRK")
 
 
 def stock(terms, solver, *args, **kwargs):
@@ -102,15 +101,30 @@ def solve(how, name, t0=0.0, t1=1.0, **kwargs):
     return how(terms, solver, t0, t1, (t1 - t0) / NUM_STEPS, y0, args, **kwargs)
 
 
-def maybe_slow(names, slow):
-    marks = lambda name: pytest.mark.slow if name in slow else ()
-    return [pytest.param(name, marks=marks(name)) for name in names]
-
-
 # --- the sample path ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", maybe_slow(PROBLEMS, (*SLOW, "EulerHeun")))
+# The others are in the table of all solvers.
+ORDINARY = ("StratonovichMilstein", "ShOULD", "half steps")
+
+
+@pytest.mark.parametrize(
+    "name",
+    slow(
+        [name for name in PROBLEMS if name != "unsafe path"],
+        lambda name: name not in ORDINARY,
+    ),
+)
+def test_values_and_gradients(name):
+    """Of every step on the same path, and of what lies between steps."""
+    solver, problem = PROBLEMS[name]
+    ts, times = jnp.linspace(0.0, 1.0, NUM_STEPS + 1), jnp.array([0.1, 0.5, 0.77])
+    assert_steps_agree(solver, problem, ts, times)
+
+
+@pytest.mark.parametrize(
+    "name", slow(PROBLEMS, lambda name: name not in ("Heun", "unsafe path"))
+)
 def test_same_path_as_diffrax(name):
     saveat = diffrax.SaveAt(subs=[
         diffrax.SubSaveAt(steps=True),
@@ -141,11 +155,10 @@ def test_float32():
     assert_close(run(DOORS["a"]), sequential, rounding(f32))
 
 
-GRADIENTS = tuple(name for name in PROBLEMS if name != "unsafe path")
-QUICK = ("StratonovichMilstein", "ShARK")
+GRADIENTS = ("Euler", "StratonovichMilstein", "ShARK", "ShOULD", "half steps")
 
 
-@pytest.mark.parametrize("name", maybe_slow(GRADIENTS, set(GRADIENTS) - set(QUICK)))
+@pytest.mark.parametrize("name", slow(GRADIENTS, lambda name: name != "Euler"))
 def test_gradients_equal_those_of_diffrax(name):
     solver, problem = PROBLEMS[name]
     terms, y0, args = problem()
@@ -198,7 +211,7 @@ def observed_order(errors, counts):
     (
         (diffrax.Euler(), True, 0.5),
         (diffrax.ItoMilstein(), True, 1.0),
-        (diffrax.Heun(), False, 1.0),
+        pytest.param(diffrax.Heun(), False, 1.0, marks=pytest.mark.slow),
     ),
     ids=("Euler", "ItoMilstein", "Heun"),
 )

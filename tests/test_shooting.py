@@ -177,8 +177,16 @@ def pendulum(t, y, args):
     return jnp.stack([speed, -args * jnp.sin(angle) + 0.1 * jnp.cos(t)])
 
 
-@pytest.mark.parametrize("window", (None, Window(40)), ids=str)
-@pytest.mark.parametrize("max_steps", (100, 123))
+@pytest.mark.parametrize(
+    "max_steps, window",
+    [
+        (123, None),
+        pytest.param(100, None, marks=pytest.mark.slow),
+        pytest.param(100, Window(40), marks=pytest.mark.slow),
+        pytest.param(123, Window(40), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_differential_equation(max_steps, window):
     """With padding, saves and an event, and its gradients."""
 

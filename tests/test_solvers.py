@@ -1,4 +1,4 @@
-"""Every solver, through every door, against stock Diffrax on the same grid."""
+"""Every solver: its steps solved in parallel and one by one, and through the doors."""
 
 import diffrax
 import equinox as eqx
@@ -9,7 +9,18 @@ import pytest
 
 from deer_ode import DEER, Constant, Newton
 
-from .helpers import DOORS, SOLVERS, assert_close, rounding, sqrt_eps
+from .helpers import (
+    DOORS,
+    SOLVERS,
+    assert_close,
+    assert_steps_agree,
+    parallel_steps,
+    rounding,
+    sequential_steps,
+    slow,
+    slow_rows,
+    sqrt_eps,
+)
 
 
 NUM_STEPS = 24
@@ -55,24 +66,25 @@ def sequential():
     return get
 
 
-#: One of each kind: those that go through windows without `--runslow`.
+@pytest.mark.parametrize("name", SOLVERS)
+def test_values_and_gradients(name):
+    """Of every step, and of what lies between them."""
+    ts, times = jnp.linspace(0.0, 1.0, 17), jnp.array([0.03, 0.5, 0.99])
+    assert_steps_agree(*SOLVERS[name], ts, times)
+
+
+#: One of each kind goes through windows.
 IN_WINDOWS = ("Tsit5", "Kvaerno5", "KenCarp4", "SemiImplicitEuler", "ShARK")
+DOOR_ROWS = [
+    *(("Heun", door) for door in DOORS),
+    *slow_rows([(name, "b") for name in SOLVERS if name != "Heun"], lambda row: True),
+    *slow_rows([(name, "c") for name in IN_WINDOWS], lambda row: True),
+]
 
 
-def is_slow(name, door):
-    # The drop-in only counts steps before it goes the second way.
-    return door == "a" or (door == "c" and name not in IN_WINDOWS)
-
-
-@pytest.mark.parametrize(
-    "name, door",
-    [
-        pytest.param(name, door, marks=[pytest.mark.slow] * is_slow(name, door))
-        for name in SOLVERS
-        for door in DOORS
-    ],
-)
-def test_values_and_gradients(name, door, sequential):
+@pytest.mark.parametrize("name, door", DOOR_ROWS)
+def test_doors(name, door, sequential):
+    """The same through whole solves, with saves."""
     solver, problem = SOLVERS[name]
     if door == "c":
         kwargs = dict(num_substeps=NUM_SUBSTEPS, dt0=NUM_SUBSTEPS / NUM_STEPS)
@@ -84,28 +96,39 @@ def test_values_and_gradients(name, door, sequential):
     assert_close(grads, expected_grads, rounding(), what="gradients")
 
 
+def to_float32(tree):
+    return jax.tree_util.tree_map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
 @pytest.mark.parametrize("name", ("Tsit5", "Heun", "Kvaerno3"))
 def test_float32(name):
-    _, problem = SOLVERS[name]
-    terms, y0, args = problem()
-    to32 = lambda tree: jax.tree_util.tree_map(lambda x: x.astype(jnp.float32), tree)
+    solver, problem = SOLVERS[name]
+    if name == "Kvaerno3":
+        solver = diffrax.Kvaerno3(root_finder=_float32_root_finder())
+    terms, *inputs = problem()
+    ts, times = jnp.linspace(0.0, 1.0, NUM_STEPS + 1), jnp.asarray(SAVE_TS[1:])
+    inputs = to_float32((ts, *inputs, times))
+    solve = lambda steps: eqx.filter_jit(lambda x: steps(solver, terms, *x))(inputs)
+    expected = solve(sequential_steps)
+    assert expected[0].dtype == expected[1].dtype == jnp.float32
+    assert_close(solve(parallel_steps), expected, rounding(jnp.float32))
+
+
+@pytest.mark.parametrize("door", slow(("a", "b"), lambda door: door == "b"))
+def test_float32_through_doors(door):
+    terms, y0, args = SOLVERS["Heun"][1]()
     f32 = jnp.float32
-    solver = (
-        SOLVERS[name][0]
-        if name != "Kvaerno3"
-        else diffrax.Kvaerno3(root_finder=_float32_root_finder())
-    )
 
     def run(solve):
         return solve(
-            terms, solver, f32(0), f32(1), f32(1 / NUM_STEPS), to32(y0), to32(args),
+            terms, diffrax.Heun(), f32(0), f32(1), f32(1 / NUM_STEPS),
+            *to_float32((y0, args)),
             saveat=diffrax.SaveAt(ts=jnp.asarray(SAVE_TS, f32)), max_steps=NUM_STEPS,
         ).ys  # fmt: skip
 
     expected = run(stock)
     assert expected.dtype == f32
-    for door in ("a", "b"):
-        assert_close(run(DOORS[door]), expected, rounding(f32), what=door)
+    assert_close(run(DOORS[door]), expected, rounding(f32))
 
 
 def _float32_root_finder():

@@ -206,9 +206,7 @@ def oscillators(t, y, args):
     coupling, mu = args
     phases, x, v = y[:4], y[4:6], y[6:]
     pull = coupling * jnp.mean(jnp.sin(phases[None] - phases[:, None]), axis=1)
-    return jnp.concatenate(
-        [1 + pull, v, mu * (1 - x**2) * v - x + 0.2 * (x[::-1] - x)]
-    )
+    return jnp.concatenate([1 + pull, v, mu * (1 - x**2) * v - x + 0.2 * (x[::-1] - x)])
 
 
 def _oscillators(coupling, phases, x):

@@ -18,13 +18,19 @@ from deer_ode import (
     DEER,
     BlanesMoan4,
     Newton,
-    ParallelAdjoint,
     StormerVerlet,
     Yoshida4,
     diffeqsolve,
 )
 
-from .helpers import assert_close, rounding, sqrt_eps
+from .helpers import (
+    DOORS,
+    assert_close,
+    assert_steps_agree,
+    one_door_each,
+    rounding,
+    sqrt_eps,
+)
 
 
 METHODS = {
@@ -268,22 +274,17 @@ def value_and_grad(solve, solver, dt0=0.05, **kwargs):
 
 @each_method
 def test_parallel_agrees_with_stock(name):
+    ts, times = jnp.linspace(0.0, 2.0, 41), jnp.asarray(SAVE_TS[1:])
+    assert_steps_agree(METHODS[name][0], tree_problem, ts, times)
+
+
+@pytest.mark.parametrize("name, door", one_door_each(METHODS, ("c", "b", "a")))
+def test_doors(name, door):
+    """The same through whole solves, with saves."""
     solver, _ = METHODS[name]
+    kwargs = dict(num_substeps=5, dt0=0.25) if door == "c" else dict(max_steps=42)
     expected = value_and_grad(diffrax.diffeqsolve, solver)
-    assert_close(
-        value_and_grad(diffeqsolve, DEER(solver, Newton())), expected, rounding()
-    )
-    if name != "StormerVerlet":  # the other ways in know nothing of the method
-        return
-    adjoint = value_and_grad(
-        diffrax.diffeqsolve,
-        DEER(solver, Newton()),
-        adjoint=ParallelAdjoint(),
-        max_steps=42,
-    )
-    assert_close(adjoint, expected, rounding(), what="adjoint")
-    windows = value_and_grad(diffrax.diffeqsolve, DEER(solver, Newton(), 5), dt0=0.25)
-    assert_close(windows, expected, rounding(), what="windows")
+    assert_close(value_and_grad(DOORS[door], solver, **kwargs), expected, rounding())
 
 
 def test_float32():
