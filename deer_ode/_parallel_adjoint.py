@@ -7,7 +7,7 @@ parallel, everything before and after it stays Diffrax's own.
 """
 
 import functools as ft
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
@@ -22,6 +22,7 @@ from jaxtyping import Array, PyTree
 
 from ._counting import KnownSteps, is_subsaveat
 from ._discretisation import Grid, discretise, tracing_steps
+from ._failure import error_if_failed
 from ._implicit import (
     check_steps,
     give_derivatives,
@@ -37,7 +38,7 @@ from ._misc import (
     without_gradient,
 )
 from ._predictor import Trajectory
-from ._programs import without_checks
+from ._programs import Program
 from ._saving import SolvedGrid, save, set_where
 from ._solver import DEER, DEERState
 
@@ -166,6 +167,40 @@ def _first_event(event, state: State, args, event_kwargs, grid: Grid, ys):
     return values, jtu.tree_unflatten(structure, exclusive), had_event
 
 
+def _check_conditions(discretised, trajectory, find_event, masks):
+    """`masks`, with the checks in the conditions made as far as the solve goes."""
+    active = discretised.grid.active
+    first = lambda x: jax.vmap(lambda a, x_i: jnp.where(a, x_i, x[0]))(active, x)
+    ys = jtu.tree_map(first, without_gradient(discretised.states(trajectory)))
+    grid = discretised.grid
+    ended = Grid(first(grid.tprev), first(grid.tnext), active)
+    _, again, _ = find_event(ended, ys)
+    # Always true, which the compiler does not know: a check counts by its value only.
+    holds = jnp.isfinite(grid.tprev[0])
+    return jtu.tree_map(lambda m, a: jnp.where(holds, m, a), masks, again)
+
+
+def _direction(terms) -> Any:
+    """Diffrax counts time forwards; -1 where the user's goes backwards."""
+    has_one = lambda term: hasattr(term, "direction")
+    wrapped = [t for t in jtu.tree_leaves(terms, is_leaf=has_one) if has_one(t)]
+    return wrapped[0].direction if wrapped else 1
+
+
+def _error_if_failed(discretised, trajectory, is_failed, step, direction):
+    """`trajectory`, unless `step` failed: then an error that says why."""
+    recurrence = without_gradient(discretised.recurrence)
+    start = state_at(recurrence.y0, lax.stop_gradient(trajectory), step)
+    one = recurrence.part(step, 1, start)
+    cause = lax.cond(
+        eqxi.unvmap_any(is_failed),
+        lambda: one.cause_of_failure(),
+        lambda: jnp.asarray(0, jnp.int32),
+    )
+    time = direction * discretised.grid.tprev[step]
+    return error_if_failed(trajectory, is_failed, step, time, cause)
+
+
 class _RunningMeter(diffrax.AbstractProgressMeter):
     """A meter that Diffrax has begun with, and will close."""
 
@@ -195,6 +230,7 @@ def _all_steps(
     t0,
     t1,
     max_steps,
+    throw: bool,
     progress_meter,
     guess,
     known: KnownSteps | None,
@@ -211,7 +247,10 @@ def _all_steps(
     shows_progress = not isinstance(progress_meter, diffrax.NoProgressMeter)
     if shows_progress:
         method = method.report_to(_RunningMeter(progress_meter, meter_state))
-    discretised = discretise(solver.solver, terms, grid, state.y, args)
+    # Whether a path reaches as far as the solve is seen once an event has ended that.
+    discretised = discretise(
+        solver.solver, terms, grid, state.y, args, is_checked=event is None
+    )
     had_event = jnp.zeros(grid.num_steps, bool)
     if event is None:
         solution = solve_trajectory(discretised.recurrence, method)
@@ -224,10 +263,11 @@ def _all_steps(
         )
         found = solution.ys
         find_event = ft.partial(_first_event, event, state, args, event_kwargs)
+        events = Program.of(find_event, grid, discretised.states(found))
         values, masks, had_event = without_gradient(
-            without_checks(find_event)(grid, discretised.states(found))
+            events(grid, discretised.states(found))
         )
-        discretised = discretised.until(leading_true(~had_event) + 1)
+        discretised = discretised.until(leading_true(~had_event) + 1).checked()
         recurrence = discretised.recurrence
         if is_native(recurrence, method):
             trajectory = solve_trajectory(recurrence, method).ys
@@ -236,21 +276,8 @@ def _all_steps(
             trajectory = give_derivatives(recurrence, found, method.exact_linearisation)
             num_good = jnp.minimum(solution.num_good_steps, recurrence.num_steps)
             trajectory = check_steps(recurrence, trajectory, num_good)
-        # Once more, for the checks in the conditions: only as far as the solve goes.
-        until = discretised.grid
-        ended = Grid(
-            jnp.where(until.active, until.tprev, until.tprev[0]),
-            jnp.where(until.active, until.tnext, until.tnext[0]),
-            until.active,
-        )
-        held = jtu.tree_map(
-            lambda y: jax.vmap(lambda a, y_i: jnp.where(a, y_i, y[0]))(until.active, y),
-            without_gradient(discretised.states(trajectory)),
-        )
-        _, checked, _ = find_event(ended, held)
-        masks = jtu.tree_map(
-            lambda m, c: jnp.where(solution.num_good_steps >= 0, m, c), masks, checked
-        )
+        if events.has_checks:
+            masks = _check_conditions(discretised, trajectory, find_event, masks)
     recurrence = discretised.recurrence
     ys = discretised.states(trajectory)
     steps = discretised.take_steps(trajectory)
@@ -291,6 +318,17 @@ def _all_steps(
     )
     if are_all:
         num_steps, result = jnp.asarray(grid.num_steps, jnp.int32), state.result
+
+    if throw and not (steps.result is None and method.fallback):
+        is_failed, step = is_short, solution.num_good_steps
+        if steps.result is not None:
+            step = jnp.where(is_short, step, jnp.maximum(num_until - 1, 0))
+            is_failed = is_short | (failed[step] & discretised.grid.active[step])
+        direction = _direction(terms)
+        trajectory = _error_if_failed(
+            discretised, trajectory, is_failed, step, direction
+        )
+        ys = discretised.states(trajectory)
 
     made_any = num_steps > 0
     last = jnp.maximum(num_steps - 1, 0)
@@ -419,7 +457,7 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
         passed_controller_state,
         progress_meter,
     ):
-        del throw, passed_controller_state
+        del passed_controller_state
         if type(solver) is not DEER:
             raise ValueError(
                 "`ParallelAdjoint` needs a solver that takes its steps in parallel: "
@@ -458,6 +496,7 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
                 t0=t0,
                 t1=t1,
                 max_steps=max_steps,
+                throw=throw,
                 progress_meter=progress_meter,
                 guess=init_state.solver_state.ys if passed_solver_state else None,
                 known=self.known,

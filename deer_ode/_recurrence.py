@@ -17,8 +17,10 @@ from ._affine import absolute, apply
 from ._blocks import connected
 from ._custom_types import Mask, Propagators, State, Trajectory
 from ._dependence import dependence
+from ._failure import NOT_CONVERGED, NOT_FINITE
 from ._linearisation import AbstractLinearisation
 from ._misc import StateFlattener, finite, previous_states
+from ._programs import without_checks
 
 
 # How many steps the inputs of a recurrence are remembered for: what a pulse did to the
@@ -154,6 +156,10 @@ class AbstractRecurrence(eqx.Module):
         """
 
     @abc.abstractmethod
+    def cause_of_failure(self) -> Int[Array, ""]:
+        """Why the only step of this recurrence fails, as `_failure` counts causes."""
+
+    @abc.abstractmethod
     def is_sequential_answer(self, ys: Trajectory) -> Mask | None:
         """Which steps of a solution `ys` are those that a sequential solve would take.
 
@@ -220,6 +226,11 @@ class AbstractMapRecurrence(AbstractRecurrence):
     def part(self, start, length, y0):
         xs = cut(self.xs, start, length)
         return eqx.tree_at(lambda r: (r.y0, r.xs), self, (y0, xs))
+
+    def cause_of_failure(self):
+        (value,) = without_checks(lambda r: r.evaluate(r.y0[None]))(self)
+        is_finite = jnp.all(jnp.isfinite(value))
+        return jnp.where(is_finite, NOT_CONVERGED, NOT_FINITE).astype(jnp.int32)
 
     def is_sequential_answer(self, ys):
         del ys

@@ -144,6 +144,9 @@ class Chunks(AbstractMapRecurrence):
     def largest_scale(self, scale, stride=1):
         return self.steps.largest_scale(scale, stride * self.size)
 
+    def cause_of_failure(self):
+        raise NotImplementedError("steps are looked at one by one")
+
     def until(self, num_steps):
         raise NotImplementedError("steps that do no harm are chosen before chunks")
 

@@ -32,6 +32,12 @@ class Discretised(NamedTuple):
         recurrence = self.recurrence.until(num_steps)
         return self._replace(recurrence=recurrence, grid=self.grid.until(num_steps))
 
+    def checked(self) -> "Discretised":
+        """The same, with the checks of Brownian paths on the steps that are made."""
+        if not isinstance(self.recurrence, StepMap):
+            return self
+        return self._replace(recurrence=self.recurrence.checked())
+
     def states(self, ys: Trajectory) -> Y:
         """The solution after each step, as the user has it."""
         unflatten = self.recurrence.flattener.unflatten
@@ -68,11 +74,18 @@ class Discretised(NamedTuple):
 
 
 def discretise(
-    solver: diffrax.AbstractSolver, terms, grid: Grid, y0: Y, args: Args
+    solver: diffrax.AbstractSolver,
+    terms,
+    grid: Grid,
+    y0: Y,
+    args: Args,
+    is_checked: bool = True,
 ) -> Discretised:
-    """Steps that are equations are solved as such, all others as maps."""
+    """Steps that are equations are solved as such, all others as maps. `is_checked` is
+    whether Brownian paths say so if they are asked beyond their end.
+    """
     if isinstance(solver, AbstractEquationSolver):
         recurrence = solver.recurrence(terms, grid, y0, args)
     else:
-        recurrence = StepMap(solver, terms, grid, y0, args)
+        recurrence = StepMap(solver, terms, grid, y0, args, is_checked)
     return Discretised(recurrence, solver, terms, grid, y0, args)

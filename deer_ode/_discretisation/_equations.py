@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._affine import apply
 from .._custom_types import Args, Mask, State, Trajectory, Y
+from .._failure import NO_DERIVATIVE, NO_SOLUTION, NOT_FINITE, SINGULAR
 from .._implicit import solve_trajectory
 from .._linearisation import Dense, Exact, SharedJacobian
 from .._misc import (
@@ -35,6 +36,7 @@ from .._misc import (
 )
 from .._newton import Newton
 from .._predictor import Coarse, Constant
+from .._programs import without_checks
 from .._recurrence import AbstractRecurrence, Linearised, arbitrary_signs, cut
 from ._base import Grid
 from ._step_map import tracing_steps
@@ -291,6 +293,20 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         )
         # No state that is not a solution passes for one.
         return jnp.where(is_good, end, jnp.nan)
+
+    def field_values(self, ys: Trajectory) -> Array:
+        """What the equations take of the field, without any derivative of it."""
+        return self.evaluate(ys)
+
+    def cause_of_failure(self):
+        start = self.from_states(self.states(self.y0[None]))
+        look = lambda r, y: (r.field_values(y), r.blocks(y, exact=False))
+        f, (F, B, C) = without_checks(look)(self, start)
+        is_finite = lambda x: jnp.all(jnp.isfinite(x))
+        cause = jnp.where(jnp.any(is_singular(B)), SINGULAR, NO_SOLUTION)
+        has_derivatives = is_finite(F) & is_finite(B) & is_finite(C)
+        cause = jnp.where(has_derivatives, cause, NO_DERIVATIVE)
+        return jnp.where(is_finite(f), cause, NOT_FINITE).astype(jnp.int32)
 
     @property
     def prefers_sequential(self) -> bool:

@@ -233,6 +233,9 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
             F += c * h ** (j + 1) * (start[:, j] + (-1) ** j * end[:, j])
         return F
 
+    def field_values(self, ys):
+        return jnp.stack(self._at_ends(ys, lambda t, y, x: self.field(t, y, x)))
+
     def evaluate(self, ys):
         start, end = self._at_ends(ys, self._tower(self.num_derivatives))
         return self._combine(ys, start, end, self.num_derivatives)

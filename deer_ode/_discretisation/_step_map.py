@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from .._blocks import connected
 from .._custom_types import Args, Mask, State, Trajectory, Y
 from .._dependence import dependence
+from .._failure import NO_SOLUTION, NOT_CONVERGED
 from .._misc import (
     StateFlattener,
     hold_last_good,
@@ -27,6 +28,7 @@ from .._misc import (
     previous_states,
     without_gradient,
 )
+from .._programs import without_checks
 from .._recurrence import AbstractMapRecurrence
 from ._base import Grid
 from ._explicit_rk import (
@@ -153,7 +155,13 @@ class StepMap(AbstractMapRecurrence):
     is_explicit: bool = eqx.field(static=True)
 
     def __init__(
-        self, solver: diffrax.AbstractSolver, terms, grid: Grid, y0: Y, args: Args
+        self,
+        solver: diffrax.AbstractSolver,
+        terms,
+        grid: Grid,
+        y0: Y,
+        args: Args,
+        is_checked: bool = True,
     ):
         self.flattener = flattener = StateFlattener(y0)
         flat_y0 = flattener.flatten(y0)
@@ -191,7 +199,9 @@ class StepMap(AbstractMapRecurrence):
         # that derivatives reach it. The precision holds for all products traced here.
         with tracing_steps():
             self.draw = draw = record_draw(step_with, terms, flat_y0, first)
-            self.xs = StepInputs(grid, jax.vmap(draw)(grid))
+            draw_all = jax.vmap(draw)
+            draw_all = draw_all if is_checked else without_checks(draw_all)
+            self.xs = StepInputs(grid, draw_all(grid))
             x = jtu.tree_map(lambda x: x[0], self.xs)
             self.f = eqx.filter_closure_convert(step, flat_y0, x)
         # Traced only where they are used: for saves, and for guesses and iterations,
@@ -221,6 +231,11 @@ class StepMap(AbstractMapRecurrence):
         y0 = jax.ShapeDtypeStruct(self.y0.shape, self.y0.dtype)
         found = dependence(self.f, y0, jtu.tree_map(one, self.xs))
         return None if found is None else connected(found)
+
+    def cause_of_failure(self):
+        cause = super().cause_of_failure()
+        otherwise = NOT_CONVERGED if self.is_explicit else NO_SOLUTION
+        return jnp.where(cause == NOT_CONVERGED, otherwise, cause).astype(jnp.int32)
 
     def loop(self):
         """Backwards a step is evaluated once more, and only the states are stored."""
@@ -264,6 +279,11 @@ class StepMap(AbstractMapRecurrence):
 
     def until(self, num_steps):
         return eqx.tree_at(lambda r: r.xs.grid, self, self.xs.grid.until(num_steps))
+
+    def checked(self) -> "StepMap":
+        """The same, where Brownian paths say so if they are asked beyond their end."""
+        increments = jax.vmap(self.draw)(self.xs.grid)
+        return eqx.tree_at(lambda r: r.xs.increments, self, increments)
 
     def tracing(self):
         return tracing_steps()
