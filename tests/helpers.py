@@ -119,7 +119,8 @@ def tanh_network(num_steps, size=3, gain=1.0, seed=0):
 
 def pretend_accelerator(monkeypatch):
     """Programs for any platform are traced, as where there is one."""
-    for module in ("_misc", "_implicit"):
+    explicit_rk = "_discretisation._explicit_rk"
+    for module in ("_misc", "_auto", "_newton", "_scan", explicit_rk):
         monkeypatch.setattr(f"deer_ode.{module}.has_accelerator", lambda: True)
 
 

@@ -85,8 +85,9 @@ def test_differential_equation_from_an_infinite_derivative():
 
 def test_steps_that_cannot_be_solved_for_are_refused():
     mean = lambda y, x: (lax.pmean(y, "lanes") + x,) * 2
+    solve = lambda y: scan(mean, y, jnp.ones(3), method=Newton())
     with pytest.raises(ValueError, match="`psum`, which joins what is mapped"):
-        jax.vmap(lambda y: scan(mean, y, jnp.ones(3)), axis_name="lanes")(jnp.ones(2))
+        jax.vmap(solve, axis_name="lanes")(jnp.ones(2))
 
     @jax.custom_vjp
     def sine(x):
@@ -94,4 +95,9 @@ def test_steps_that_cannot_be_solved_for_are_refused():
 
     sine.defvjp(lambda x: (sine(x), x), lambda x, t: (t * jnp.cos(x),))
     with pytest.raises(TypeError, match="custom_vjp.*custom_jvp"):
-        scan(lambda y, x: (sine(y), None), jnp.array(1.0), jnp.ones(3))
+        step = lambda y, x: (sine(y), None)
+        scan(step, jnp.array(1.0), jnp.ones(3), method=Newton())
+    # A loop needs no derivatives in forward mode.
+    slope = jax.grad(lambda y: scan(step, y, jnp.ones(3))[0])
+    expected = jax.grad(lambda y: jnp.sin(jnp.sin(jnp.sin(y))))
+    np.testing.assert_allclose(slope(jnp.array(1.0)), expected(1.0), rtol=1e-14)

@@ -6,6 +6,8 @@ import inspect
 import pathlib
 import re
 
+import equinox as eqx
+import jax.numpy as jnp
 import pytest
 
 import deer_ode
@@ -30,7 +32,6 @@ MAX_LINES = 600
 PRIVATE = {
     "_discretisation._implicit_terms": {"diffrax._term"},
     "_discretisation._obreshkov": {"diffrax._term"},
-    "_discretisation._step_map": {"equinox._errors"},
     "_parallel_adjoint": {"diffrax._integrate", "diffrax._misc"},
     "_problem": {"diffrax._term"},
     "_saving": {"diffrax._integrate"},
@@ -196,12 +197,16 @@ def test_private_modules_of_other_libraries_are_known():
         importlib.import_module(module)
 
 
-def test_equinox_setting_is_where_it_was():
-    """`errors_as_nan` sets it, and would do nothing if it were elsewhere."""
-    from equinox import _errors
+def test_errors_are_raised_where_they_were():
+    """`_programs` knows a check by the module of what raises, in a branch taken last."""
+    from deer_ode import _programs
 
-    assert _errors.EQX_ON_ERROR in ("raise", "nan", "breakpoint", "off")
-    assert "EQX_ON_ERROR" in inspect.getsource(_errors.branched_error_if_impl)
+    check = lambda y: eqx.error_if(y, y > 1, "too large")
+    program = _programs.Program.of(check, jnp.array(2.0))
+    assert program.has_checks
+    assert float(program(jnp.array(2.0))) == 2
+    with pytest.raises(RuntimeError, match="too large"):
+        check(jnp.array(2.0))
 
 
 # --- classes ------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from deer_ode import (
     Diagonal,
     Exact,
     Newton,
-    _response,
     scan,
     solve_recurrence,
 )
@@ -92,51 +91,15 @@ def test_windows_of_any_length(linearisation, length, monkeypatch, expected):
     assert_close(actual, expected, rounding())
 
 
-def test_in_turn(monkeypatch, expected):
-    monkeypatch.setattr("deer_ode._costs._LARGE_WORK", -1)
-    ours = lambda f, y0, xs: solve_recurrence(f, y0, xs, method=Newton(Dense())).ys
-    actual = jax.jit(ft.partial(derivatives, ours))(*problem())
-    assert_close(actual, expected, rounding())
+def test_the_default_is_the_loop(expected):
+    """On a CPU JAX differentiates it: the same program as by hand."""
+    found_by = lambda f, y0, xs: scan(f, y0, xs)[1]
+    ours = jax.jit(ft.partial(derivatives, found_by))(*problem())
+    assert_close(ours, expected, rounding())
 
 
-@pytest.fixture(autouse=True)
-def no_flags(monkeypatch):
-    """Which way derivatives are taken depends on them."""
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-
-
-@pytest.fixture
-def loops(monkeypatch):
-    """Lengths of the loops that were differentiated."""
-    lengths = []
-
-    def jvp_of_loop(recurrence, tangent):
-        lengths.append(recurrence.num_steps)
-        return _response.jvp_of_loop(recurrence, tangent)
-
-    monkeypatch.setattr("deer_ode._implicit.jvp_of_loop", jvp_of_loop)
-    return lengths
-
-
-def test_through_the_loop(monkeypatch, loops, expected):
-    """And not where something else was asked for, or too much would have to be kept."""
-    monkeypatch.setattr("deer_ode._costs._HUGE_WORK", -1)
-    found_by = lambda method: lambda f, y0, xs: scan(f, y0, xs, method=method)[1]
-    auto = lambda: jax.jit(ft.partial(derivatives, found_by(Auto(Newton(Dense())))))
-    assert_close(auto()(*problem()), expected, rounding())
-    assert loops and set(loops) == {NUM_STEPS}
-    loops.clear()
-    newton = jax.jit(ft.partial(derivatives, found_by(Newton(Dense()))))
-    assert_close(newton(*problem()), expected, rounding())
-    # Of every step two of the entries of `tanh`, at least.
-    monkeypatch.setattr("deer_ode._costs._MOST_BYTES", NUM_STEPS * 4 * 8 - 1)
-    assert_close(auto()(*problem()), expected, rounding())
-    assert loops == []
-
-
-def test_a_batch_through_the_loop(monkeypatch, loops):
+def test_a_batch():
     """Whose axis must be where JAX looks for it: with `y0` as an unknown, and not."""
-    monkeypatch.setattr("deer_ode._costs._HUGE_WORK", -1)
     weights, y0, xs = tanh_network(NUM_STEPS, gain=0.9)
     batch = jnp.stack([xs, xs[::-1]])
 
@@ -147,40 +110,11 @@ def test_a_batch_through_the_loop(monkeypatch, loops):
     for unknowns in ((0, 1), (0,)):
         slopes = lambda run, i=unknowns: jax.jit(jax.grad(ft.partial(value, run), i))
         expected = slopes(lax.scan)(weights, y0)
-        assert_close(slopes(scan)(weights, y0), expected, rounding())
-    assert loops
+        for run in (scan, newton):
+            assert_close(slopes(run)(weights, y0), expected, rounding())
 
 
-@pytest.mark.parametrize(
-    "flags, is_through",
-    (
-        ("", False),
-        (
-            "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=9",
-            False,
-        ),
-        (
-            "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold="
-            "1000000000 --xla_force_host_platform_device_count=1",
-            True,
-        ),
-    ),
-)
-def test_where_loops_are_compiled_whole(flags, is_through, monkeypatch, loops):
-    """It is cheap steps through whose loop derivatives are taken, or few."""
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    inputs = tanh_network(NUM_STEPS, gain=0.9)
-    assert_close(gradient(scan)(*inputs), gradient(lax.scan)(*inputs), rounding())
-    assert bool(loops) is is_through
-    loops.clear()
-    inputs = tanh_network(NUM_STEPS, gain=0.9, size=24)
-    expected = gradient(lax.scan)(*inputs)
-    assert_close(gradient(scan)(*inputs), expected, rounding())
-    assert bool(loops) is is_through
-    loops.clear()
-    monkeypatch.setattr("deer_ode._costs._FEW_STEPS", NUM_STEPS - 1)
-    assert_close(gradient(scan)(*inputs), expected, rounding())
-    assert loops == []
+newton = ft.partial(scan, method=Newton())
 
 
 def gradient(run):
@@ -192,19 +126,13 @@ def gradient(run):
 
 
 def test_many_windows():
-    """What is done by default, of 1,300 steps."""
+    """Of 1,300 steps, the Jacobians of 512 at a time."""
     inputs = tanh_network(1300, gain=0.9)
-    assert_close(gradient(scan)(*inputs), gradient(lax.scan)(*inputs), rounding())
+    assert_close(gradient(newton)(*inputs), gradient(lax.scan)(*inputs), rounding())
 
 
-@pytest.mark.parametrize(
-    "bound, work",
-    (("_LARGE_WORK", -1), ("_LARGE_WORK", 1e9), ("_HUGE_WORK", -1)),
-    ids=("in turn", "in windows", "through the loop"),
-)
-def test_no_derivative_at_the_start(bound, work, monkeypatch):
+def test_no_derivative_at_the_start():
     """Of a root at zero; `y0` is no unknown, and the padding repeats that step."""
-    monkeypatch.setattr(f"deer_ode._costs.{bound}", work)
 
     def value(run, xs):
         mixed = jnp.array([[0.5, 0.2], [0.1, 0.4]])
@@ -215,18 +143,16 @@ def test_no_derivative_at_the_start(bound, work, monkeypatch):
     slopes = lambda run: jax.jit(jax.grad(ft.partial(value, run)))(xs)
     expected = slopes(lax.scan)
     assert bool(jnp.all(jnp.isfinite(expected)))
-    assert_close(slopes(scan), expected, rounding())
-    ours = ft.partial(value, scan)
+    for run in (scan, newton):
+        assert_close(slopes(run), expected, rounding())
+    ours = ft.partial(value, newton)
     _, along = jax.jit(lambda xs: jax.jvp(ours, (xs,), (jnp.ones_like(xs),)))(xs)
     assert_close(along, jnp.sum(expected), rounding())
 
 
-@pytest.mark.parametrize("is_through", (False, True), ids=("windows", "loop"))
+@pytest.mark.parametrize("method", (Auto(), Newton()), ids=("loop", "windows"))
 @pytest.mark.parametrize("num_steps", (8, 600))
-def test_steps_that_have_forward_derivatives_only(num_steps, is_through, monkeypatch):
-    if is_through:
-        monkeypatch.setattr("deer_ode._costs._HUGE_WORK", -1)
-
+def test_steps_that_have_forward_derivatives_only(num_steps, method):
     def step(y, x):
         _, turned = lax.while_loop(
             lambda carry: carry[0] < 3,
@@ -241,7 +167,7 @@ def test_steps_that_have_forward_derivatives_only(num_steps, is_through, monkeyp
         states = lambda xs: run(step, jnp.zeros(2), xs)[1]
         return jax.jit(lambda xs: jax.jvp(states, (xs,), (jnp.cos(xs),)))(xs)
 
-    assert_close(along(scan), along(lax.scan), rounding())
+    assert_close(along(ft.partial(scan, method=method)), along(lax.scan), rounding())
 
 
 def test_little_memory_allowed():
@@ -272,6 +198,6 @@ def test_memory_of_gradients():
     work that out.
     """
     inputs = tanh_network(4000, gain=0.9, size=16)
-    program = gradient(scan).lower(*inputs).compile()
+    program = gradient(newton).lower(*inputs).compile()
     used = program.memory_analysis().temp_size_in_bytes
     assert used < 8 * inputs[2].nbytes
