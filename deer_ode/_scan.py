@@ -314,7 +314,8 @@ def _outputs(f, init, xs, carries, num_good, structure):
     before = jtu.tree_map(previous_states, init, carries)
     if num_good is not None:
         # What comes after it means nothing, so no check may see it.
-        is_good = jnp.arange(jtu.tree_leaves(carries)[0].shape[0]) < num_good
+        num_steps = jtu.tree_leaves(carries)[0].shape[0]
+        is_good = jnp.arange(num_steps, dtype=jnp.int32) < num_good
         before = jtu.tree_map(
             lambda x, first: jax.vmap(lambda g, x_i: jnp.where(g, x_i, first))(
                 is_good, x

@@ -201,11 +201,13 @@ def make(weights, y0, xs):
 
 
 @eqx.filter_jit
-def update(inputs, ys, damping, num_known, method):
+def update(inputs, ys, damping, num_known, at_rounding, method):
     recurrence = make(*inputs)
     linearisation = recurrence.choose(Exact())
     largest = jnp.full(3, 8.0)
-    return method.update(linearisation, recurrence, ys, largest, damping, num_known)
+    return method.update(
+        linearisation, recurrence, ys, largest, damping, num_known, at_rounding
+    )
 
 
 def test_many_matrices_at_once():
@@ -224,11 +226,12 @@ def test_squares_never_rise():
     method = Newton(damping=LevenbergMarquardt())
     ys = jnp.broadcast_to(HARD[1], HARD[2].shape)
     damping, num_known = jnp.zeros(()), jnp.asarray(0, jnp.int32)
+    at_rounding = jnp.zeros(len(ys), bool)
     sums, dampings = [], []
     for _ in range(64):
-        updated = update(HARD, ys, damping, num_known, method)
+        updated = update(HARD, ys, damping, num_known, at_rounding, method)
         sums.append(float(jnp.linalg.norm(updated.residual)))
-        ys, damping = updated.ys, updated.damping
+        ys, damping, at_rounding = updated.ys, updated.damping, updated.at_rounding
         dampings.append(float(damping))
         assert np.abs(ys).max() < 8
         if bool(jnp.all(updated.good)):
@@ -246,7 +249,9 @@ def test_scaled_by_nothing_is_the_fixed_point_iteration():
     inputs = problem()
     zero = jnp.asarray(0, jnp.int32)
     ys = jr.normal(jr.key(9), inputs[2].shape)
-    updated = update(inputs, ys, jnp.zeros(()), zero, Newton(damping=Scaled(0.0)))
+    none = jnp.zeros(len(ys), bool)
+    method = Newton(damping=Scaled(0.0))
+    updated = update(inputs, ys, jnp.zeros(()), zero, none, method)
     before = jnp.concatenate([inputs[1][None], ys[:-1]])
     expected = jax.vmap(ft.partial(tanh_cell, inputs[0]))(before, inputs[2])
     assert_close(updated.ys, expected, rounding())

@@ -5,6 +5,7 @@ import io
 import math
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -22,6 +23,7 @@ from deer_ode import (
     RadauIIA,
     Sequential,
     Trajectory,
+    Window,
     diffeqsolve,
     scan,
     solve_recurrence,
@@ -334,6 +336,24 @@ def test_chaos():
     # A window of that length is nothing to worry about.
     window = int(text.split("Window(")[1].split(")")[0])
     assert diagnose_lorenz(0.01 * window).converged
+
+
+def test_the_recommended_window_converges():
+    """No step is left to be taken on its own; nor with a round number nearby."""
+    term, interval = diffrax.ODETerm(lorenz), (0.0, 30.0, 0.005)
+
+    @eqx.filter_jit
+    def num_fallback_steps(window, y0):
+        solver = DEER(diffrax.Tsit5(), Newton(window=window))
+        sol = diffeqsolve(term, solver, *interval, y0)
+        assert sol.stats is not None and sol.stats["num_steps"] == 6000
+        return sol.stats["num_fallback_steps"]
+
+    solver, y0 = DEER(diffrax.Tsit5(), Newton()), jnp.ones(3)
+    text = diagnose(diffeqsolve, term, solver, *interval, y0).recommendation
+    advised = int(text.split("Window(")[1].split(")")[0])
+    for length in (advised, 1000):
+        assert int(num_fallback_steps(Window(length), y0)) == 0
 
 
 def test_a_bad_guess():

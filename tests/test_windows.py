@@ -31,6 +31,8 @@ from .helpers import (
     assert_close,
     both,
     rounding,
+    slow,
+    slow_rows,
     solve_tanh_network as solve,
     tanh_cell,
     tanh_network,
@@ -144,8 +146,19 @@ def bound(*inputs, reverse=False):
 WINDOWS = (Window(8), Window((16, 4)), Window(1000), None)
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize("num_steps, reverse", ((1, False), (3, False), (101, True)))
+@pytest.mark.parametrize(
+    "window, num_steps, reverse",
+    slow_rows(
+        [
+            (window, *row)
+            for window in WINDOWS
+            for row in ((1, False), (3, False), (101, True))
+        ],
+        # Of a window of several lengths all; of the others those that it cuts.
+        lambda row: row[1] < 100 and row[0] != Window((16, 4)),
+    ),
+    ids=str,
+)
 def test_contractive(window, num_steps, reverse):
     """Windows that do not divide the steps, and are longer than all of them."""
     inputs = problem(num_steps)
@@ -165,7 +178,11 @@ def test_wild(window):
     assert_close(sol.ys, loop(*inputs), tol)
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(
+    "window",
+    slow(WINDOWS, lambda w: w not in (Window((16, 4)), None)),
+    ids=str,
+)
 def test_warm(window):
     inputs = problem(gain=1.2)
     method = Newton(window=window)
@@ -178,12 +195,13 @@ def test_warm(window):
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
-    window=st.sampled_from((Window(1), Window(5), Window((16, 4)))),
-    num_steps=st.sampled_from((7, 90)),
+    # Compiled once for each pair.
+    case=st.sampled_from(((Window(1), 7), (Window(5), 90), (Window((16, 4)), 90))),
     gain=st.floats(0.1, 12.0),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_random(window, num_steps, gain, seed):
+def test_random(case, gain, seed):
+    window, num_steps = case
     inputs = problem(num_steps, gain=gain, seed=seed)
     sol = solve(*inputs, Newton(window=window))
     assert_close(sol.ys, loop(*inputs), bound(*inputs))
@@ -274,10 +292,14 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    "name, size", (*((name, 4) for name in METHODS), ("windows", 30), ("Auto", 30))
+    "name, size",
+    slow_rows(
+        [*((name, 4) for name in METHODS), ("windows", 30), ("Auto", 30)],
+        lambda row: row[0] == "windows" or row[1] == 30,
+    ),
 )
 def test_gradients(name, size):
-    """Those of the Jacobians at once, and for `size` 30 on a CPU step by step."""
+    """Those of `lax.scan`, however the answer was found."""
     inputs = problem(size=size, gain=0.9)
 
     def loss(run, weights, y0, xs):
@@ -320,9 +342,10 @@ ON_THE_ATTRACTOR = jnp.array([-3.3, -5.7, 14.0])
     "solver, dt0, window",
     (
         (diffrax.Tsit5(), 0.01, Window((16, 4))),
-        (Obreshkov(), 0.02, Window(8)),
+        (Obreshkov(1), 0.02, Window(8)),
+        pytest.param(Obreshkov(), 0.02, Window(8), marks=pytest.mark.slow),
     ),
-    ids=("map", "equation"),
+    ids=("map", "equation", "equation of a high order"),
 )
 def test_lorenz(solver, dt0, window):
     arguments = (1.5, dt0, ON_THE_ATTRACTOR)
@@ -359,3 +382,18 @@ def test_windows_last_where_the_whole_does_not():
     for sol in (whole, windows):
         actual = np.abs(sol.ys - expected.ys).max(axis=1)
         assert np.all(actual <= 50 * error + rounding())
+
+
+def test_many_windows_last_over_long_chaos():
+    """Fifty Lyapunov times, with the default options: no step is left to a loop."""
+
+    @jax.jit
+    def run(y0):
+        solver = DEER(diffrax.Tsit5(), Newton())
+        sol = diffeqsolve(diffrax.ODETerm(lorenz), solver, 0.0, 55.19, 0.005, y0)
+        return sol.stats
+
+    stats = run(jnp.ones(3))
+    assert stats["num_steps"] == 11_038
+    assert int(stats["num_fallback_steps"]) == 0
+    assert int(stats["num_newton_steps"]) <= 140
