@@ -28,7 +28,15 @@ from deer_ode._damping import covariances_at_once, covariances_in_turn, smooth
 from deer_ode._misc import leading_true
 from deer_ode._scan import make_recurrence
 
-from .helpers import assert_close, both, rounding, tanh_cell, tanh_network
+from .helpers import (
+    assert_close,
+    both,
+    rounding,
+    slow,
+    slow_rows,
+    tanh_cell,
+    tanh_network,
+)
 
 
 # --- one correction -----------------------------------------------------------------
@@ -90,21 +98,21 @@ def check_smooth(A, dense, residual, size):
         assert_close(np.asarray(actual / size), expected / size, CONDITION * rounding())
 
 
-@pytest.mark.parametrize("num_steps", (1, 2, 30))
+@pytest.mark.parametrize("num_steps", slow((1, 2, 30), lambda n: n == 2))
 def test_dense_corrections_are_least_squares(num_steps):
     A, residual, size = system(num_steps, 3, 3)
     A = A * ratios(size, size)
     check_smooth(A, A, residual * size, size)
 
 
-@pytest.mark.parametrize("num_steps", (1, 2, 30))
+@pytest.mark.parametrize("num_steps", slow((1, 2, 30), lambda n: n < 30))
 def test_diagonal_corrections_are_least_squares(num_steps):
     A, residual, size = system(num_steps, 3)
     dense = A[:, :, None] * jnp.eye(3)[None]
     check_smooth(A, dense, residual * size, size)
 
 
-@pytest.mark.parametrize("num_steps", (1, 2, 30))
+@pytest.mark.parametrize("num_steps", slow((1, 2, 30), lambda n: n != 2))
 def test_tails_are_least_squares_and_heads_follow(num_steps):
     """Where only the last two of five entries pass on."""
     A, residual, size = system(num_steps, 5, 2)
@@ -123,7 +131,7 @@ def test_tails_are_least_squares_and_heads_follow(num_steps):
         assert_close(np.asarray(delta / size), expected, CONDITION * rounding())
 
 
-@pytest.mark.parametrize("num_steps", (1, 2, 20))
+@pytest.mark.parametrize("num_steps", slow((1, 2, 20), lambda n: n < 20))
 def test_corrections_in_blocks_are_least_squares(num_steps):
     """Blocks of two and of one, the latter padded or put together."""
     order = find_blocks((0, 0, 1, 2, 2, 3, 3, 4, 4, 5, 5))
@@ -303,11 +311,14 @@ def in_pairs(weights, y, x):
 
 @pytest.mark.parametrize(
     "linearisation, damping",
-    (
-        (Dense(), LevenbergMarquardt()),
-        (Diagonal(), LevenbergMarquardt()),
-        (BlockDiagonal(2), LevenbergMarquardt()),
-        (Exact(), Scaled(0.5)),
+    slow_rows(
+        (
+            (Dense(), LevenbergMarquardt()),
+            (Diagonal(), LevenbergMarquardt()),
+            (BlockDiagonal(2), LevenbergMarquardt()),
+            (Exact(), Scaled(0.5)),
+        ),
+        lambda row: isinstance(row[0], Dense | Diagonal),
     ),
     ids=str,
 )
