@@ -96,7 +96,7 @@ GROWING, DECAYING = (1.1, -0.5, 0.2), (-0.9, 0.3, 0.0)
 @pytest.mark.parametrize(
     "spectrum, is_diagonal",
     slow_rows(
-        [(s, is_diagonal) for s in (GROWING, DECAYING) for is_diagonal in (False, True)],
+        [(s, diagonal) for s in (GROWING, DECAYING) for diagonal in (False, True)],
         lambda row: row[1] != (row[0] == DECAYING),
     ),
     ids=str,

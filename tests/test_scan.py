@@ -335,8 +335,8 @@ def derivatives(scan, step, inputs, directions):
 # --- the same answers -----------------------------------------------------------------
 
 
-#: Compilation takes long: of problems alike, one each in the ordinary run, in one of the
-#: precisions.
+#: Compilation takes long: of problems alike, one each in the ordinary run, in one of
+#: the precisions.
 _IN_DOUBLE = ("wild tanh", "relu", "leapfrog", "mixed")
 _IN_SINGLE = ("gru", "kalman", "heads")
 
@@ -929,9 +929,7 @@ def test_structure_that_the_map_lacks(linearisation):
 
 @pytest.mark.parametrize(
     "linearisation",
-    slow(
-        (BlockDiagonal(2), PairedDiagonal(), Exact()), lambda x: isinstance(x, Exact)
-    ),
+    slow((BlockDiagonal(2), PairedDiagonal(), Exact()), lambda x: isinstance(x, Exact)),
     ids=lambda x: type(x).__name__,
 )
 def test_structure_that_the_map_has(linearisation):
