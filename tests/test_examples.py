@@ -108,7 +108,10 @@ def test_resumed_is_the_same_run(parallel, folder):
 def test_last_states_save_newton_steps(parallel, folder):
     warm = classify.train(options(folder / "warm", "--warm-start"), tones())
     # Samples are met for the second time in the second epoch.
-    assert warm["newton_steps"][:4] == parallel["newton_steps"][:4]
+    # From zeros, as without, but in a program of its own: in single precision rounding
+    # may decide about the last one.
+    first = np.subtract(warm["newton_steps"][:4], parallel["newton_steps"][:4])
+    assert np.abs(first).max() <= 1
     assert np.mean(warm["newton_steps"][4:]) < np.mean(parallel["newton_steps"][4:])
     np.testing.assert_allclose(
         warm["loss"][:8], parallel["loss"][:8], rtol=10 * rounding(np.float32)
