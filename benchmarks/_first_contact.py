@@ -223,7 +223,7 @@ def pendulum():
     }
     times = measure(gradients, a)
     for name, run in ways.items():
-        error = float(jnp.max(jnp.abs(run(a) - exact)))
+        error = float(jnp.max(jnp.abs(jnp.asarray(run(a)) - jnp.asarray(exact))))
         print(f"{name:40} {times[name]:8.1f} ms   error {error:.1e}")
 
 
@@ -251,7 +251,7 @@ def compilation():
         "Newton()": (ours, DEER(method=Newton())),
     }
     for problem, (field, y0, a) in problems.items():
-        term, base = diffrax.ODETerm(field), None
+        term, base = diffrax.ODETerm(field), []
         for name, (solve, solver) in ways.items():
 
             def run(a, solve=solve, solver=solver, term=term, y0=y0):

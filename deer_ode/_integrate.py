@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import diffrax
 import equinox as eqx
-import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np

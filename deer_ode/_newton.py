@@ -231,8 +231,9 @@ class Newton(AbstractMethod):
             )
         if self.chunk is not None:
             return min(self.chunk, recurrence.num_steps)
-        is_possible = can_be_chunked(recurrence) and isinstance(linearisation, Dense)
-        if self._is_window_free or not is_possible:
+        if self._is_window_free or not can_be_chunked(recurrence):
+            return 1
+        if not isinstance(linearisation, Dense):
             return 1
         bytes_per_step = linearisation.num_bytes(1, y0.size, y0.dtype)
         return chunk_that_fits(longest, bytes_per_step, linearisation.max_bytes)
@@ -318,7 +319,8 @@ class Newton(AbstractMethod):
         """
         num_steps, dtype = correction.shape[0], correction.dtype
         if self.rtol is not None or self.atol is not None:
-            return (jnp.ones(num_steps, bool),) * 2
+            are_all = jnp.ones(num_steps, bool)
+            return are_all, are_all
         eps = jnp.asarray(recurrence.eps, dtype)[None]
         share = _HALF_THE_DIGITS * jnp.sqrt(eps)
         if not linearisation.is_exact:

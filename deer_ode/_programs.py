@@ -17,7 +17,9 @@ import jax.tree_util as jtu
 import numpy as np
 
 
-_PROGRAMS = jexc.Jaxpr | jexc.ClosedJaxpr
+# From JAX 0.11 on one class with the other.
+_ClosedJaxpr: Any = jexc.ClosedJaxpr  # pyright: ignore
+_PROGRAMS = jexc.Jaxpr | _ClosedJaxpr
 
 # The module whose callbacks raise the errors of `equinox.error_if`.
 _RAISES = "equinox._errors"
@@ -33,7 +35,7 @@ def constants_of(program: Any) -> list:
 
 
 def closed(body: Any, constants: list) -> Any:
-    return jexc.ClosedJaxpr(body, constants)
+    return _ClosedJaxpr(body, constants)
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:

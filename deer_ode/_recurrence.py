@@ -57,14 +57,13 @@ class Linearised(NamedTuple):
     """
 
 
-def arbitrary_signs(num_steps: int, size: int, dtype: Any) -> Trajectory:
+def arbitrary_signs(like: Trajectory) -> Trajectory:
     """1 and -1, the same in every call, without any pattern (an integer hash)."""
-    shape = (num_steps, size)
-    count = lambda axis: lax.broadcasted_iota(jnp.uint32, shape, axis)
-    bits = count(0) * np.uint32(size) + count(1) + np.uint32(1)
+    count = lambda axis: lax.broadcasted_iota(jnp.uint32, like.shape, axis)
+    bits = count(0) * np.uint32(like.shape[1]) + count(1) + np.uint32(1)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> shift)) * np.uint32(factor)
-    return 1 - 2 * ((bits >> 16) & 1).astype(dtype)
+    return 1 - 2 * ((bits >> 16) & 1).astype(like.dtype)
 
 
 class AbstractRecurrence(eqx.Module):
@@ -291,7 +290,7 @@ class AbstractMapRecurrence(AbstractRecurrence):
         residual = values - ys
         before = jnp.abs(previous_states(self.y0, ys))
         scale = sizes + apply(absolute(A), before)
-        rounding = scale * arbitrary_signs(*scale.shape, scale.dtype)
+        rounding = scale * arbitrary_signs(scale)
         return Linearised(residual, A, residual, scale, scale, rounding)
 
     def linear_response(self, ys, tangent, linearisation):

@@ -189,7 +189,7 @@ def solve_recurrence(
             "`method` must be `Auto()`, `Newton(...)` or `Sequential()`; got "
             f"{describe(method)}."
         )
-    options = dict(unroll=unroll, _split_transpose=_split_transpose)
+    options: dict[str, Any] = dict(unroll=unroll, _split_transpose=_split_transpose)
     # The contract is that of `lax.scan` because it is `lax.scan` that checks it.
     structure = jax.eval_shape(
         lambda init: lax.scan(f, init, xs, length, reverse, **options), init

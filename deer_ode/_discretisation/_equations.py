@@ -251,7 +251,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
                 F = jnp.where(is_singular(B)[:, None], jnp.nan, F)
             before = jnp.abs(previous_states(self.y0, ys))
             defect_scale = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
-            rounding = defect_scale * arbitrary_signs(*ys.shape, ys.dtype)
+            rounding = defect_scale * arbitrary_signs(ys)
             right = jnp.concatenate([F[..., None], rounding[..., None], C], axis=-1)
             solved = solve_blocks(B, -right)
             residual, rounding, A = solved[..., 0], solved[..., 1], solved[..., 2:]

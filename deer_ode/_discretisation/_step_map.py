@@ -239,7 +239,7 @@ class StepMap(AbstractMapRecurrence):
 
     def loop(self):
         """Backwards a step is evaluated once more, and only the states are stored."""
-        step = jax.checkpoint(lambda y, x: self.f(y, x))  # pyright: ignore
+        step = jax.checkpoint(lambda y, x: self.f(y, x))
 
         def take(y, x):
             y = step(y, x)
