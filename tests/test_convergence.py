@@ -22,7 +22,7 @@ from deer_ode import (
     solve_recurrence,
 )
 
-from .helpers import assert_close, both, rounding, slow_rows, sqrt_eps
+from .helpers import assert_close, both, rounding, slow, slow_rows, sqrt_eps
 
 
 def problems():
@@ -33,13 +33,18 @@ def problems():
 
 PROBLEMS = problems()
 
-#: Equations take long to compile, and most of these solve easily.
-SLOW = [
-    name
-    for name in PROBLEMS
-    if name.endswith(("Obreshkov", "RadauIIA", "Kvaerno5"))
-    or name.startswith("pendulum, 1,000 periods, Tsit5")
-]
+#: One of each kind: chaos, stiffness, close encounters, no field at all, and networks.
+#: Each takes five programs, and equations take long to compile.
+ORDINARY = (
+    "Lorenz, 10 Lyapunov times, Tsit5",
+    "Van der Pol, mu = 100, Tsit5",
+    "Kepler, e = 0.9, Tsit5",
+    "infinite field",
+    "one step",
+    "GRU, weights x 100",
+    "square root of y - 10",
+)
+assert PROBLEMS.keys() >= set(ORDINARY)
 
 #: How many times more than a rounding error of 4 units in each step leads to.
 NOISE = 50
@@ -83,7 +88,7 @@ def check(problem, method, expected, bound):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in PROBLEMS],
+    slow(PROBLEMS, lambda name: name not in ORDINARY),
 )
 def test_hard_dynamics(name):
     problem = PROBLEMS[name]

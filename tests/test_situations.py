@@ -15,6 +15,8 @@ import optimistix as optx
 import pytest
 from scipy.linalg import expm
 
+from deer_ode import Auto
+
 from .helpers import (
     DOORS,
     ROOT_FINDER,
@@ -23,6 +25,12 @@ from .helpers import (
     rounding,
     slow,
 )
+
+
+class Chosen:
+    """By which method all doors solve; None is Newton's."""
+
+    method = None
 
 
 def solve(door, terms, solver, grid, y0, args=None, *, substeps=3, **kwargs):
@@ -48,6 +56,8 @@ def solve(door, terms, solver, grid, y0, args=None, *, substeps=3, **kwargs):
         dt0, num_steps = window_dt0, windows
         kwargs["num_substeps"] = substeps
     fn = diffrax.diffeqsolve if door is None else DOORS[door]
+    if door is not None:
+        kwargs["method"] = Chosen.method
     return fn(terms, solver, 0.0, t1, dt0, y0, args, max_steps=num_steps, **kwargs)
 
 
@@ -447,9 +457,31 @@ def sequential():
     return get
 
 
+#: Newton's method takes longer to compile than the default: in the ordinary run it
+#: solves these situations, and the default the others.
+BY_NEWTON = ("neural ODE", "neural CDE by its control", "bounces")
+#: What others of these stand for.
+RARE = ("latent ODE", "neural CDE as an ODE", "planet", "Stratonovich ensemble")
+
+
+def situation_rows():
+    rows = []
+    for row in one_door_each(SITUATIONS):
+        values, marks = getattr(row, "values", row), getattr(row, "marks", ())
+        name, is_slow = values[0], bool(marks) or values[0] in RARE
+        for what, method in (("auto", Auto()), ("newton", None)):
+            is_other = (what == "newton") != (name in BY_NEWTON)
+            marks = pytest.mark.slow if is_slow or is_other else ()
+            rows.append(
+                pytest.param(*values, method, marks=marks, id="-".join((*values, what)))
+            )
+    return rows
+
+
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
-@pytest.mark.parametrize("name, door", one_door_each(SITUATIONS))
-def test_situation(name, door, sequential):
+@pytest.mark.parametrize("name, door, method", situation_rows())
+def test_situation(name, door, method, sequential, monkeypatch):
+    monkeypatch.setattr(Chosen, "method", method)
     tol = TOLERANCES.get(name, rounding())
     assert_close(SITUATIONS[name](door), sequential(name), tol, what=name)
 

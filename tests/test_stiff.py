@@ -70,9 +70,9 @@ def _forced_network_problem():
 @pytest.mark.parametrize(
     "solver, num_points, tol",
     [
-        (None, 100, 2e-4),
+        pytest.param(None, 100, 2e-4, marks=pytest.mark.slow),
         pytest.param(None, 300, 5e-5, marks=pytest.mark.slow),
-        pytest.param(AveragedExponential(), 100, 1e-2, marks=pytest.mark.slow),
+        (AveragedExponential(), 100, 1e-2),
         pytest.param(AveragedExponential(), 300, 1.5e-3, marks=pytest.mark.slow),
     ],
 )
@@ -125,7 +125,7 @@ def _linear(t, y, args):
 @pytest.mark.parametrize(
     "solver, modes",
     [
-        (deer_ode.Obreshkov(), (1.0, 0.0)),
+        pytest.param(Obreshkov(), (1.0, 0.0), marks=pytest.mark.slow),
         pytest.param(RadauIIA(), (1.0, 0.0), marks=pytest.mark.slow),
         (RadauIIA(), (1.0, 1.0)),
         pytest.param(Exprb43(), (1.0, 0.0), marks=pytest.mark.slow),
@@ -159,7 +159,7 @@ def test_obreshkov_does_not_damp():
 _ROBERTSON_40 = np.array([0.7158270688, 9.185534765e-6, 0.2841637457])
 
 
-def test_robertson_to_40():
+def check_robertson():
     ts = graded(1e-6, 40.0, 200)
     sol = solve(
         robertson,
@@ -173,7 +173,7 @@ def test_robertson_to_40():
     np.testing.assert_allclose(total, 1.0, rtol=0, atol=rounding())
 
 
-def test_van_der_pol_with_mu_1000():
+def check_van_der_pol():
     """The problem of the test sets with its time a thousand times longer."""
     from .test_references import radau_grid
 
@@ -185,3 +185,12 @@ def test_van_der_pol_with_mu_1000():
     np.testing.assert_allclose(
         final(sol, len(ts) - 1), [1.706167732170483, -0.8928097010247975e-3], rtol=1e-8
     )
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_robertson, pytest.param(check_van_der_pol, marks=pytest.mark.slow)],
+    ids=("Robertson to 40", "Van der Pol with mu = 1000"),
+)
+def test_problems_of_the_test_sets(check):
+    check()

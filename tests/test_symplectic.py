@@ -27,8 +27,9 @@ from .helpers import (
     DOORS,
     assert_close,
     assert_steps_agree,
-    one_door_each,
     rounding,
+    slow,
+    slow_rows,
     sqrt_eps,
 )
 
@@ -77,7 +78,21 @@ def henon_heiles():
 
 
 PROBLEMS = {"pendulum": pendulum, "driven": driven, "Henon-Heiles": henon_heiles}
-each_problem = pytest.mark.parametrize("problem", PROBLEMS)
+#: Of the table of both, the ordinary run has each once.
+each_pair = pytest.mark.parametrize(
+    "name, problem",
+    slow_rows(
+        [(name, problem) for name in METHODS for problem in PROBLEMS],
+        lambda row: (
+            row
+            not in (
+                ("StormerVerlet", "pendulum"),
+                ("Yoshida4", "driven"),
+                ("BlanesMoan4", "Henon-Heiles"),
+            )
+        ),
+    ),
+)
 
 
 def take_step(solver, terms, t0, t1, y, args=None):
@@ -159,8 +174,7 @@ def test_optimised_coefficients_are_better():
 # --- one step -----------------------------------------------------------------------
 
 
-@each_problem
-@each_method
+@each_pair
 def test_order(name, problem):
     solver, order = METHODS[name]
     terms, y0 = PROBLEMS[problem]()
@@ -187,8 +201,7 @@ def test_order(name, problem):
     assert abs(slope - order) < 0.15, (slope, sizes)
 
 
-@each_problem
-@each_method
+@each_pair
 def test_symplectic(name, problem):
     solver, _ = METHODS[name]
     terms, y0 = PROBLEMS[problem]()
@@ -202,8 +215,7 @@ def test_symplectic(name, problem):
     assert not np.allclose(M, np.eye(flat.size), atol=0.1)
 
 
-@each_problem
-@each_method
+@each_pair
 def test_reversible(name, problem):
     """There and back again, also far from time zero, where times are coarse."""
     solver, _ = METHODS[name]
@@ -272,13 +284,20 @@ def value_and_grad(solve, solver, dt0=0.05, **kwargs):
     return ys, grads
 
 
-@each_method
+@pytest.mark.parametrize("name", slow(METHODS, lambda name: name == "BlanesMoan4"))
 def test_parallel_agrees_with_stock(name):
     ts, times = jnp.linspace(0.0, 2.0, 41), jnp.asarray(SAVE_TS[1:])
     assert_steps_agree(METHODS[name][0], tree_problem, ts, times)
 
 
-@pytest.mark.parametrize("name, door", one_door_each(METHODS, ("c", "b", "a")))
+def slow_doors():
+    """Windows of the cheapest method, and whole intervals, in the ordinary run."""
+    rows = [(name, door) for name in METHODS for door in DOORS]
+    ordinary = (("StormerVerlet", "c"), ("Yoshida4", "b"))
+    return slow_rows(rows, lambda row: row not in ordinary)
+
+
+@pytest.mark.parametrize("name, door", slow_doors())
 def test_doors(name, door):
     """The same through whole solves, with saves."""
     solver, _ = METHODS[name]
@@ -350,7 +369,11 @@ def pendulum_energy(ys):
 # Steps with which the default guess, of eight steps at once, still has the right phase
 # after the whole interval, so that Newton's method converges.
 @pytest.mark.parametrize(
-    "name, dt", (("StormerVerlet", 0.01), ("Yoshida4", 0.02), ("BlanesMoan4", 0.05))
+    "name, dt",
+    slow_rows(
+        (("StormerVerlet", 0.01), ("Yoshida4", 0.02), ("BlanesMoan4", 0.05)),
+        lambda row: row[0] != "StormerVerlet",
+    ),
 )
 def test_energy_over_a_hundred_thousand_steps(name, dt):
     solver, order = METHODS[name]
