@@ -152,7 +152,7 @@ def test_corrections_in_blocks_are_least_squares(num_steps):
     check_smooth(blocks, jnp.where(mask[None], A, 0), residual * size, size)
 
 
-@pytest.mark.parametrize("batch", ((), (3,)))
+@pytest.mark.parametrize("batch", slow(((), (3,)), lambda batch: batch == ()))
 def test_covariances_at_once_are_those_in_turn(batch):
     A = 1.2 * jr.normal(jr.key(0), (33, *batch, 3, 3)) / 3**0.5
     for lam in LAMBDAS:
@@ -318,7 +318,7 @@ def in_pairs(weights, y, x):
             (BlockDiagonal(2), LevenbergMarquardt()),
             (Exact(), Scaled(0.5)),
         ),
-        lambda row: isinstance(row[0], Dense | Diagonal),
+        lambda row: not isinstance(row[0], BlockDiagonal),
     ),
     ids=str,
 )
