@@ -135,7 +135,7 @@ def report(problem, losses, *args):
     for name in losses:
         speeds = (t[rival] / t[name] for t in (forward, gradient))
         print(
-            f"{problem:24} {name:14} {forward[name]:9.2f} ms {gradient[name]:9.2f} ms   "
+            f"{problem:24} {name:10} {forward[name]:9.2f} ms {gradient[name]:9.2f} ms  "
             + " ".join(f"{speed:5.2f}" for speed in speeds)
         )
 

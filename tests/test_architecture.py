@@ -198,7 +198,7 @@ def test_private_modules_of_other_libraries_are_known():
 
 
 def test_errors_are_raised_where_they_were():
-    """`_programs` knows a check by the module of what raises, in a branch taken last."""
+    """`_programs` knows a check by the module of what raises, in the last branch."""
     from deer_ode import _programs
 
     check = lambda y: eqx.error_if(y, y > 1, "too large")
