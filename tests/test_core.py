@@ -185,7 +185,7 @@ SOLVERS = {
     "Obreshkov": (Obreshkov(2), ODE, "a"),
     "RadauIIA": (RadauIIA(2), ODE, "b"),
 }
-LARGE = ("Tsit5 as a drop-in", "Kvaerno3", "Obreshkov", "RadauIIA")
+LARGE = ("Exprb32", "Tsit5 as a drop-in", "Kvaerno3", "Obreshkov", "RadauIIA")
 
 
 def solve(door, solver, term, inputs, **kwargs):
