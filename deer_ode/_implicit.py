@@ -25,7 +25,7 @@ from ._affine import affine_solve
 from ._custom_types import Trajectory
 from ._linearisation import AbstractLinearisation
 from ._method import AbstractMethod, TrajectorySolution, sequential_solution
-from ._misc import by_platform, without_gradient
+from ._misc import always, by_platform, without_gradient
 from ._programs import Program, without_checks
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
 from ._tangent import tangent_in_windows
@@ -123,13 +123,9 @@ def solve_trajectory(
         loop = loop if is_checked else without_checks(loop)
         return sequential_solution(loop(recurrence), only_finite=not method.fallback)
     # JAX asks for it by itself and again within its derivatives: traced once for both.
-    run = Program.of(method.solve, recurrence)
+    run = _Run(Program.of(method.solve, recurrence), is_checked)
     # What the forward pass uses may be cheaper; a derivative needs all of it.
-    solution = _solve(recurrence, run, method.exact_linearisation)
-    if is_checked and run.has_checks:
-        ys = check_steps(recurrence, solution.ys, solution.num_good_steps)
-        solution = solution._replace(ys=ys)
-    return solution
+    return _solve(recurrence, run, method.exact_linearisation)
 
 
 def is_native(recurrence: AbstractRecurrence, method: AbstractMethod) -> bool:
@@ -138,26 +134,53 @@ def is_native(recurrence: AbstractRecurrence, method: AbstractMethod) -> bool:
     return is_map and method.prefers_sequential(recurrence)
 
 
-def check_steps(
+def _checked(
     recurrence: AbstractRecurrence, ys: Trajectory, num_good: Int[Array, ""]
 ) -> Trajectory:
     """`ys`, with the user's checks on the first `num_good` steps."""
-    known = without_gradient(recurrence).until(num_good)
-    again = known.evaluate(lax.stop_gradient(ys))
-    # Always true, which the compiler does not know: a check counts by its value only.
-    return jnp.where(num_good >= 0, ys, again)
+    again = recurrence.until(num_good).evaluate(ys)
+    return jnp.where(always(ys), ys, again)
+
+
+class _Run(eqx.Module):
+    """A solve, and the user's checks on what it found."""
+
+    program: Program
+    is_checked: bool = eqx.field(static=True)
+
+    def __call__(self, recurrence: AbstractRecurrence) -> TrajectorySolution:
+        solution = self.program(recurrence)
+        if not (self.is_checked and self.program.has_checks):
+            return solution
+        ys = _checked(recurrence, solution.ys, solution.num_good_steps)
+        return solution._replace(ys=ys)
 
 
 class _Known(eqx.Module):
+    """A trajectory that was found before, with the user's checks if there are any."""
+
     ys: Trajectory
+    num_good: Int[Array, ""]
+    has_checks: bool = eqx.field(static=True)
 
     def __call__(self, recurrence: AbstractRecurrence) -> TrajectorySolution:
-        del recurrence
-        return sequential_solution(self.ys)
+        ys = self.ys
+        if self.has_checks:
+            ys = _checked(recurrence, ys, self.num_good)
+        return sequential_solution(ys)
 
 
 def give_derivatives(
-    recurrence: AbstractRecurrence, ys: Trajectory, linearisation: AbstractLinearisation
+    recurrence: AbstractRecurrence,
+    ys: Trajectory,
+    num_good: Int[Array, ""],
+    linearisation: AbstractLinearisation,
+    has_checks: bool,
 ) -> Trajectory:
-    """`ys` as they are, differentiable as the trajectory of `recurrence`."""
-    return _solve(recurrence, _Known(without_gradient(ys)), linearisation).ys
+    """`ys` as they are, differentiable as the trajectory of `recurrence`, with the
+    user's checks on the first `num_good` steps; and on its inputs, if `has_checks`.
+    """
+    ys = without_gradient(ys)
+    steps = Program.of(lambda r, ys: r.evaluate(ys), recurrence, ys)
+    known = _Known(ys, num_good, has_checks or steps.has_checks)
+    return _solve(recurrence, known, linearisation).ys

@@ -23,14 +23,10 @@ from jaxtyping import Array, PyTree
 from ._counting import KnownSteps, is_subsaveat
 from ._discretisation import Grid, discretise, tracing_steps
 from ._failure import error_if_failed
-from ._implicit import (
-    check_steps,
-    give_derivatives,
-    is_native,
-    solve_trajectory,
-)
+from ._implicit import give_derivatives, is_native, solve_trajectory
 from ._misc import (
     StateFlattener,
+    always,
     count_true,
     hold_last_good,
     leading_true,
@@ -175,8 +171,7 @@ def _check_conditions(discretised, trajectory, find_event, masks):
     grid = discretised.grid
     ended = Grid(first(grid.tprev), first(grid.tnext), active)
     _, again, _ = find_event(ended, ys)
-    # Always true, which the compiler does not know: a check counts by its value only.
-    holds = jnp.isfinite(grid.tprev[0])
+    holds = always(trajectory)
     return jtu.tree_map(lambda m, a: jnp.where(holds, m, a), masks, again)
 
 
@@ -273,9 +268,13 @@ def _all_steps(
             trajectory = solve_trajectory(recurrence, method).ys
         else:
             found = hold_last_good(recurrence.y0, found, discretised.grid.active)
-            trajectory = give_derivatives(recurrence, found, method.exact_linearisation)
-            num_good = jnp.minimum(solution.num_good_steps, recurrence.num_steps)
-            trajectory = check_steps(recurrence, trajectory, num_good)
+            trajectory = give_derivatives(
+                recurrence,
+                found,
+                solution.num_good_steps,
+                method.exact_linearisation,
+                discretised.has_draws,
+            )
         if events.has_checks:
             masks = _check_conditions(discretised, trajectory, find_event, masks)
     recurrence = discretised.recurrence

@@ -32,6 +32,12 @@ class Discretised(NamedTuple):
         recurrence = self.recurrence.until(num_steps)
         return self._replace(recurrence=recurrence, grid=self.grid.until(num_steps))
 
+    @property
+    def has_draws(self) -> bool:
+        """Whether steps are given increments of Brownian paths."""
+        recurrence = self.recurrence
+        return isinstance(recurrence, StepMap) and bool(recurrence.xs.increments)
+
     def checked(self) -> "Discretised":
         """The same, with the checks of Brownian paths on the steps that are made."""
         if not isinstance(self.recurrence, StepMap):

@@ -91,7 +91,7 @@ def explicit_rk_step(
     y_error = _weighted_sum(tableau.b_error, ks)
     if y_error is None:
         y_error = jtu.tree_map(jnp.zeros_like, start)
-    k = jax.vmap(split)(jtu.tree_map(lambda *x: jnp.stack(x), *ks))
+    k = jtu.tree_map(lambda *x: jnp.stack(x), *map(split, ks))
     return y1, split(y_error), dict(y0=y0, y1=y1, k=k)
 
 
