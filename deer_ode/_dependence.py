@@ -52,6 +52,13 @@ _COLLECTIVES = frozenset(
 )
 
 
+NO_FORWARD_MODE = (
+    "The step calls a function with a `jax.custom_vjp` rule, which has no derivatives "
+    "in forward mode; Newton's method needs them. Give it a `jax.custom_jvp` rule, or go "
+    "step by step: `jax.lax.scan`, or `method=Sequential()`."
+)
+
+
 class _Unknown(Exception):
     """It would take too much memory, or arrays are changed in place."""
 
@@ -120,12 +127,7 @@ def _follow(program, masks: list[_Mask], size: int, values=None):
                 "within the step instead, or use `jax.lax.scan`."
             )
         if eqn.primitive.name == "custom_lin":
-            raise TypeError(
-                "The step calls a function with a `jax.custom_vjp` rule, which has no "
-                "derivatives in forward mode; Newton's method needs them. Give it a "
-                "`jax.custom_jvp` rule, or go step by step: `jax.lax.scan`, or "
-                "`method=Sequential()`."
-            )
+            raise TypeError(NO_FORWARD_MODE)
         if any("Ref" in type(atom.aval).__name__ for atom in eqn.invars):
             raise _Unknown
         ins = [mask(atom) for atom in eqn.invars]

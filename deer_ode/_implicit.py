@@ -23,6 +23,7 @@ from jaxtyping import Array, Int
 
 from ._affine import affine_solve
 from ._custom_types import Trajectory
+from ._dependence import NO_FORWARD_MODE
 from ._linearisation import AbstractLinearisation
 from ._method import AbstractMethod, TrajectorySolution, sequential_solution
 from ._misc import always, by_platform, without_gradient
@@ -123,7 +124,13 @@ def solve_trajectory(
         loop = loop if is_checked else without_checks(loop)
         return sequential_solution(loop(recurrence), only_finite=not method.fallback)
     # JAX asks for it by itself and again within its derivatives: traced once for both.
-    run = _Run(Program.of(method.solve, recurrence), is_checked)
+    try:
+        program = Program.of(method.solve, recurrence)
+    except TypeError as error:
+        if "custom_vjp" in str(error) and str(error) != NO_FORWARD_MODE:
+            raise TypeError(NO_FORWARD_MODE) from error
+        raise
+    run = _Run(program, is_checked)
     # What the forward pass uses may be cheaper; a derivative needs all of it.
     return _solve(recurrence, run, method.exact_linearisation)
 

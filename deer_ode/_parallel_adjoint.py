@@ -275,6 +275,8 @@ def _all_steps(
                 method.exact_linearisation,
                 discretised.has_draws,
             )
+        # Where it ended counts only if the steps up to there pass their checks.
+        had_event = had_event & always(trajectory)
         if events.has_checks:
             masks = _check_conditions(discretised, trajectory, find_event, masks)
     recurrence = discretised.recurrence

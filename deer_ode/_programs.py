@@ -110,7 +110,9 @@ class Program(eqx.Module):
 
     @classmethod
     def of(cls, fn: Callable[..., Any], *args: Any) -> "Program":
-        program, out_shapes, out_static = eqx.filter_make_jaxpr(fn)(*args)
+        # Within a function: Equinox warns of attributes that are transformed callables.
+        call = lambda *args: fn(*args)
+        program, out_shapes, out_static = eqx.filter_make_jaxpr(call)(*args)
         constants, has_checks = constants_of(program), _raises(program)
         if has_checks:
             program = _without_checks(program)
