@@ -54,8 +54,8 @@ _COLLECTIVES = frozenset(
 
 NO_FORWARD_MODE = (
     "The step calls a function with a `jax.custom_vjp` rule, which has no derivatives "
-    "in forward mode; Newton's method needs them. Give it a `jax.custom_jvp` rule, or go "
-    "step by step: `jax.lax.scan`, or `method=Sequential()`."
+    "in forward mode; Newton's method needs them. Give it a `jax.custom_jvp` rule, or "
+    "go step by step: `jax.lax.scan`, or `method=Sequential()`."
 )
 
 
