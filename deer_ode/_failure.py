@@ -74,6 +74,7 @@ def error_if_failed(
 ) -> PyTree[Array]:
     """`tree`, unless a step failed. Of a batch the last step that failed is named."""
     messages = _Messages()
+    time = lax.stop_gradient(time)
     lowest = jnp.asarray(-jnp.inf, time.dtype)
     any_failed = eqxi.unvmap_any(is_failed)
     worst = eqxi.unvmap_max(jnp.where(is_failed, step, -1))
@@ -86,6 +87,8 @@ def error_if_failed(
             messages.write, jax.ShapeDtypeStruct((), jnp.int32), *values
         ),
         lambda *_: jnp.asarray(0, jnp.int32),
-        *lax.stop_gradient((worst, time, cause)),
+        worst,
+        time,
+        cause,
     )
     return eqx.branched_error_if(tree, any_failed, index, messages)

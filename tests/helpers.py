@@ -293,7 +293,7 @@ def _steps_at(ts, times):
 
 
 def step_values_and_gradients(steps, solver, problem, ts, times=None):
-    """What `steps` returns for `problem`, and gradients of its squared real part with
+    """What `steps` returns for `problem`, and gradients of a sum of its squares with
     respect to arguments and, if it is real, the initial state.
     """
     terms, y0, args = problem()
@@ -302,7 +302,8 @@ def step_values_and_gradients(steps, solver, problem, ts, times=None):
     def loss(inputs):
         out = steps(solver, terms, ts, inputs.get("y0", y0), inputs["args"], times)
         # A turn changes no absolute value, so its gradient would be rounding alone.
-        squares = jtu.tree_map(lambda y: jnp.sum(jnp.real(y) ** 2), out)
+        square = lambda y: jnp.sum(jnp.real(y) ** 2 + jnp.real(y) + jnp.imag(y))
+        squares = jtu.tree_map(square, out)
         return sum(jtu.tree_leaves(squares), jnp.zeros(())), out
 
     inputs = {"args": args} | ({"y0": y0} if is_real else {})
