@@ -10,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, Float, Inexact, PyTree
+from jaxtyping import Array, Bool, Inexact, PyTree
 
 from ._custom_types import Mask, State, Trajectory, Y
 
@@ -40,7 +40,6 @@ class StateFlattener(eqx.Module):
     size: int = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
     eps: tuple[float, ...] = eqx.field(static=True)
-    _leaf_sizes: tuple[int, ...] = eqx.field(static=True)
 
     def __init__(self, y: Y):
         struct = jax.eval_shape(lambda: y)
@@ -53,27 +52,19 @@ class StateFlattener(eqx.Module):
             vector, self._unravel = jfu.ravel_pytree(_split_complex(example))
         self.size = vector.size
         self.dtype = vector.dtype if leaves else np.dtype(jnp.result_type(float))
-        self._leaf_sizes = tuple(
+        leaf_sizes = tuple(
             int(np.prod(x.shape)) * (2 if c else 1)
             for x, c in zip(leaves, self._complex, strict=True)
         )
         eps = [
             np.full(size, jnp.finfo(x.dtype).eps)
-            for x, size in zip(leaves, self._leaf_sizes, strict=True)
+            for x, size in zip(leaves, leaf_sizes, strict=True)
         ]
         self.eps = tuple(float(e) for e in np.concatenate([np.zeros(0), *eps]))
 
     def flatten(self, y: Y) -> State:
         with jax.numpy_dtype_promotion("standard"):
             return jfu.ravel_pytree(_split_complex(y))[0].astype(self.dtype)
-
-    def map_leaves(
-        self, fn: Callable[[Array], Array], vectors: Float[Array, "*batch state"]
-    ) -> Float[Array, "*batch state"]:
-        """`fn` on the part of each leaf that has entries, along the last axis."""
-        ends = np.cumsum([size for size in self._leaf_sizes if size > 0])
-        parts = jnp.split(vectors, ends[:-1], axis=-1)
-        return jnp.concatenate([fn(part) for part in parts], axis=-1)
 
     def unflatten(self, vector: State) -> Y:
         leaves = iter(jtu.tree_leaves(self._unravel(vector)))

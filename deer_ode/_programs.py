@@ -127,5 +127,5 @@ class Program(eqx.Module):
 
 
 def without_checks(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` that no `equinox.error_if` ends. Traced anew in each call."""
+    """`fn` that no `equinox.error_if` ends. Traced again in each call."""
     return lambda *args: Program.of(fn, *args)(*args)

@@ -82,7 +82,7 @@ def scan(
     derivatives in forward mode (so no `jax.custom_vjp`, but `jax.custom_jvp`). There it
     is called at all steps together, also on carries that are not the answer yet, so
     what it prints it prints for those too; only its checks (`equinox.error_if`) are
-    made on the answer alone. Call `scan` under `jax.jit`, or each call compiles anew.
+    made on the answer alone. Call `scan` under `jax.jit`, or each call compiles again.
 
     **Arguments:**
 

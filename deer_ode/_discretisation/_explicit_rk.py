@@ -65,7 +65,7 @@ def explicit_rk_step(
     become one fused kernel over the grid of an accelerator; forward mode goes through
     them as well.
 
-    On a CPU XLA would fuse all stages too, and evaluate each of them anew for every
+    On a CPU XLA would fuse all stages too, and evaluate each of them again for every
     use of every number. Kept apart, a loop over steps took 0.2 to 1.0 times as long
     (256 coupled states 0.24 ms for 1.26, Hodgkin--Huxley 0.30 for 1.15,
     Lotka--Volterra 0.45 for 0.56), its gradient 0.05 to 1.0 times (JAX 0.12).
