@@ -22,7 +22,7 @@ from ._blocks import Blocks
 from ._custom_types import Propagators
 from ._kernels import are_right, can_run
 from ._lanes import scan_lanes
-from ._misc import by_platform
+from ._plan import by_platform
 
 
 # A state is a vector, or one that is split into blocks.
@@ -207,10 +207,13 @@ def scan_steps(
         )
         return A.order.join(parts)
     scan = kernel_scan if has_kernels(A, b) else parallel_scan
-    return by_platform(
-        cpu=lambda: sequential_scan(A, b, reverse, y0),
-        elsewhere=lambda: scan(A, with_first(A, b, y0, reverse), reverse),
-    )
+
+    def run(platform):
+        if platform == "cpu":
+            return sequential_scan(A, b, reverse, y0)
+        return scan(A, with_first(A, b, y0, reverse), reverse)
+
+    return by_platform(run)
 
 
 def parallel_scan_transposed(A, b, after, reverse):
@@ -240,10 +243,13 @@ def scan_steps_transposed(
         after = None if after is None else split(after)
         before, ys = scan_steps_transposed(A.split(), split(b), after, reverse)
         return join(before), join(ys)
-    return by_platform(
-        cpu=lambda: sequential_scan_transposed(A, b, after, reverse),
-        elsewhere=lambda: parallel_scan_transposed(A, b, after, reverse),
-    )
+
+    def run(platform):
+        is_cpu = platform == "cpu"
+        scan = sequential_scan_transposed if is_cpu else parallel_scan_transposed
+        return scan(A, b, after, reverse)
+
+    return by_platform(run)
 
 
 def with_first(A, b, y0, reverse):

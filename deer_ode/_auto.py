@@ -2,19 +2,10 @@
 
 import equinox as eqx
 
-from ._linearisation import Dense
 from ._method import AbstractMethod, solve_sequentially
-from ._misc import by_platform, describe, has_accelerator
+from ._misc import describe
 from ._newton import Newton
-from ._recurrence import AbstractMapRecurrence
-
-
-# Shorter sequences are through before an iteration of the whole has been launched.
-_SHORT = 64
-
-# From this size on the published speed-up over the loop on an accelerator is 1.3 at
-# most (Lim et al. 2024, figure 2), since the work for the scan grows with its cube.
-_LARGE = 64
+from ._plan import Plan, prefers_sequential
 
 
 class Auto(AbstractMethod):
@@ -68,32 +59,19 @@ class Auto(AbstractMethod):
     def report_to(self, meter):
         return Auto(self.newton.report_to(meter))
 
-    def prefers_sequential(self, recurrence):
-        if not recurrence.prefers_sequential:
-            return False
-        if not has_accelerator():
-            return True
-        if not isinstance(recurrence, AbstractMapRecurrence):
-            return False
-        if recurrence.num_steps < _SHORT:
-            return True
-        if recurrence.y0.shape[0] < _LARGE:
-            return False
-        return isinstance(recurrence.choose(self.newton.linearisation), Dense)
+    def is_sequential(self, recurrence, platform):
+        return prefers_sequential(recurrence, self.newton.linearisation, platform)
 
-    def solve(self, recurrence):
-        # Whoever wants no sequential finish wants to be told of failure.
-        sequential = lambda: solve_sequentially(
-            recurrence, only_finite=not self.fallback
-        )
-        if self.prefers_sequential(recurrence):
-            return sequential()
-        if not recurrence.prefers_sequential:
-            return self.newton.solve(recurrence)
-        return by_platform(
-            cpu=sequential,
-            elsewhere=lambda: self.newton.solve(recurrence, is_cpu=False),
-        )
+    def plan(self, recurrence, platform):
+        if self.is_sequential(recurrence, platform):
+            return Plan("sequential", platform)
+        return self.newton.plan(recurrence, platform)
+
+    def solve(self, recurrence, plan):
+        if plan.path == "newton":
+            return self.newton.solve(recurrence, plan)
+        # Without a fallback a solution that is not finite is a failure.
+        return solve_sequentially(recurrence, only_finite=not self.fallback)
 
 
 Auto.__init__.__doc__ = """**Arguments:**

@@ -26,7 +26,8 @@ from jaxtyping import Array, Float, Int
 from ._affine import apply, from_tail, is_rectangular, multiply, scan_steps, shift
 from ._blocks import Blocks
 from ._custom_types import Propagators, Trajectory
-from ._misc import ROUNDING_UNITS, by_platform
+from ._misc import ROUNDING_UNITS
+from ._plan import by_platform
 
 
 # Of the decrease that the linear model predicts, what is enough to go on, and what
@@ -319,7 +320,8 @@ def covariances_at_once(A, lam):
 
 
 def _covariances(A, lam):
-    return by_platform(
-        cpu=lambda: covariances_in_turn(A, lam),
-        elsewhere=lambda: covariances_at_once(A, lam),
-    )
+    def run(platform):
+        is_cpu = platform == "cpu"
+        return (covariances_in_turn if is_cpu else covariances_at_once)(A, lam)
+
+    return by_platform(run)

@@ -25,7 +25,7 @@ from ._misc import ROUNDING_UNITS, is_reasonable
 from ._newton import Newton
 from ._problem import Problem, find_problem
 from ._recurrence import AbstractRecurrence
-from ._window import Progress
+from ._solve import Progress
 
 
 # A guess with fewer digits right than this is as good as none: it is off by half of
@@ -54,33 +54,33 @@ def _largest_in_bins(errors):
 
 @eqx.filter_jit
 def _begin(newton: Newton, recurrence: AbstractRecurrence) -> Progress:
-    return newton.march(recurrence).begin()
+    return newton.start(recurrence).begin()
 
 
 @eqx.filter_jit
 def _iterate(newton: Newton, recurrence: AbstractRecurrence, progress: Progress):
     """One iteration, and the largest errors before it."""
-    march = newton.march(recurrence)
+    solve = newton.start(recurrence)
     # As if no step were known: the errors of all are to be seen.
     nothing = jnp.asarray(0, jnp.int32)
-    updated = march.update(
-        march.recurrence,
+    updated = solve.update(
+        solve.recurrence,
         progress.ys,
         progress.largest,
         progress.damping,
         nothing,
         progress.at_rounding,
     )
-    progress = march.advance(progress, updated, 0, recurrence.num_steps)
+    progress = solve.advance(progress, updated, 0, recurrence.num_steps)
     return progress, _largest_in_bins(updated.error)
 
 
 @eqx.filter_jit
 def _finish(newton: Newton, recurrence: AbstractRecurrence, progress: Progress):
     """How far the trajectory is the sequential one, and all of that."""
-    march = newton.march(recurrence)
-    progress = march.check(progress)
-    return progress.num_good, march.take_steps(progress).ys
+    solve = newton.start(recurrence)
+    progress = solve.check(progress)
+    return progress.num_good, solve.take_steps(progress).ys
 
 
 class _Run(NamedTuple):

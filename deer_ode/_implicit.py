@@ -26,15 +26,11 @@ from ._custom_types import Trajectory
 from ._dependence import NO_FORWARD_MODE
 from ._linearisation import AbstractLinearisation
 from ._method import AbstractMethod, TrajectorySolution, sequential_solution
-from ._misc import always, by_platform, without_gradient
+from ._misc import always, without_gradient
+from ._plan import by_platform, default_platform, tangent_window
 from ._programs import Program, without_checks
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
 from ._tangent import tangent_in_windows
-
-
-# On a CPU the Jacobians of so many steps stay in its cache. With windows of 128 to 512
-# steps gradients took between half the time and as much as with all of them at once.
-_CPU_WINDOW = 512
 
 
 def _batch_first(ys: Trajectory) -> Trajectory:
@@ -89,10 +85,9 @@ def _tangent(
     if not isinstance(recurrence, AbstractMapRecurrence):
         return at_once()
 
-    def in_windows(length):
-        """Of `length` steps, or as many as there is memory for."""
-        while length > 1 and not exact.fits(length, state_size, ys.dtype):
-            length = -(-length // 2)
+    def in_windows(platform):
+        fits = lambda n: exact.fits(n, state_size, ys.dtype)
+        length = tangent_window(num_steps, fits, platform)
         exact.check_size(length, state_size, ys.dtype)
         if length == num_steps:
             return at_once()
@@ -101,10 +96,7 @@ def _tangent(
         )
         return tangent_in_windows(recurrence, ys, changes, exact, length)
 
-    return by_platform(
-        cpu=lambda: in_windows(min(_CPU_WINDOW, num_steps)),
-        elsewhere=lambda: in_windows(num_steps),
-    )
+    return by_platform(in_windows)
 
 
 def solve_trajectory(
@@ -123,9 +115,14 @@ def solve_trajectory(
 
         loop = loop if is_checked else without_checks(loop)
         return sequential_solution(loop(recurrence), only_finite=not method.fallback)
+
+    def solve(recurrence):
+        planned = lambda platform: method.plan(recurrence, platform)
+        return by_platform(lambda p: method.solve(recurrence, planned(p)))
+
     # JAX asks for it by itself and again within its derivatives: traced once for both.
     try:
-        program = Program.of(method.solve, recurrence)
+        program = Program.of(solve, recurrence)
     except TypeError as error:
         if "custom_vjp" in str(error) and str(error) != NO_FORWARD_MODE:
             raise TypeError(NO_FORWARD_MODE) from error
@@ -137,8 +134,8 @@ def solve_trajectory(
 
 def is_native(recurrence: AbstractRecurrence, method: AbstractMethod) -> bool:
     """Whether the solution is a loop that JAX differentiates by itself."""
-    is_map = isinstance(recurrence, AbstractMapRecurrence)
-    return is_map and method.prefers_sequential(recurrence)
+    is_sequential = method.is_sequential(recurrence, default_platform())
+    return recurrence.is_map and is_sequential
 
 
 def _checked(

@@ -36,6 +36,11 @@ class AbstractLinearisation(eqx.Module):
         """Whether nothing of the Jacobian is left out."""
         return False
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the Jacobian is kept as a whole matrix."""
+        return False
+
     @abc.abstractmethod
     def for_map(self, groups: Groups, state_size: int) -> "AbstractLinearisation":
         """What to use for a map. Asked once, before the iteration; an object that does
@@ -75,6 +80,10 @@ class Dense(AbstractLinearisation):
 
     @property
     def is_exact(self):
+        return True
+
+    @property
+    def is_dense(self):
         return True
 
     def for_map(self, groups, state_size):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ._custom_types import Mask, Trajectory
 from ._linearisation import AbstractLinearisation, Exact
 from ._misc import leading_true
+from ._plan import Plan, Platform, default_platform
 from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractRecurrence
 
@@ -66,19 +67,23 @@ def first_nonfinite_step(ys: Trajectory) -> Int[Array, ""]:
 class AbstractMethod(eqx.Module):
     """A way to solve a recurrence."""
 
-    @abc.abstractmethod
-    def solve(self, recurrence: AbstractRecurrence) -> TrajectorySolution:
-        """Finds the trajectory of `recurrence`. Not differentiable by itself."""
-
-    def prefers_sequential(self, recurrence: AbstractRecurrence) -> bool:
-        """Whether all steps of this process are sequential, known while tracing."""
-        del recurrence
+    def is_sequential(self, recurrence: AbstractRecurrence, platform: Platform) -> bool:
+        """Whether all steps are sequential on `platform`."""
+        del recurrence, platform
         return False
 
     def path(self, recurrence: AbstractRecurrence) -> StaticString:
         """How the steps are found, in one word, for `stats`."""
-        is_sequential = self.prefers_sequential(recurrence)
+        is_sequential = self.is_sequential(recurrence, default_platform())
         return StaticString("sequential" if is_sequential else "newton")
+
+    @abc.abstractmethod
+    def plan(self, recurrence: AbstractRecurrence, platform: Platform) -> Plan:
+        """How to solve `recurrence` on `platform`."""
+
+    @abc.abstractmethod
+    def solve(self, recurrence: AbstractRecurrence, plan: Plan) -> TrajectorySolution:
+        """Finds the trajectory of `recurrence`. Not differentiable by itself."""
 
     @property
     @abc.abstractmethod
@@ -179,9 +184,14 @@ class Sequential(AbstractMethod):
     def fallback(self):
         return True
 
-    def prefers_sequential(self, recurrence):
-        del recurrence
+    def is_sequential(self, recurrence, platform):
+        del recurrence, platform
         return True
 
-    def solve(self, recurrence):
+    def plan(self, recurrence, platform):
+        del recurrence
+        return Plan("sequential", platform)
+
+    def solve(self, recurrence, plan):
+        del plan
         return solve_sequentially(recurrence)

@@ -152,23 +152,6 @@ def always(x: Inexact[Array, "*shape"]) -> Bool[Array, ""]:
     return jnp.sum(lax.stop_gradient(x) > 0, dtype=jnp.int32) >= 0
 
 
-def has_accelerator() -> bool:
-    """Whether JAX's default backend is anything but a CPU."""
-    return jax.default_backend() != "cpu"
-
-
-def by_platform(cpu: Callable[[], Any], elsewhere: Callable[[], Any]) -> Any:
-    """`cpu()` or `elsewhere()`, by what the program is compiled for.
-
-    `jax.lax.platform_dependent`, but where JAX's default backend is a CPU the other
-    program is not even traced, which would take as long as all the rest. (Exported from
-    there to accelerators, a program does as on a CPU, with the same answer.)
-    """
-    if not has_accelerator():
-        return cpu()
-    return lax.platform_dependent(cpu=cpu, default=elsewhere)
-
-
 def num_operations(f: Callable, *args: PyTree) -> float | None:
     """How many floating-point operations `f(*args)` takes, by XLA's own count, which
     some accelerators do not have. Arrays may be given by their shapes.

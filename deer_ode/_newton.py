@@ -19,47 +19,23 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array
 
+from ._acceptance import Acceptance
 from ._affine import scan_steps
 from ._custom_types import Mask, State, Trajectory
 from ._damping import AbstractDamping, Undamped
 from ._linearisation import AbstractLinearisation, Dense, Exact, SharedJacobian
 from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
-from ._misc import (
-    ROUNDING_UNITS,
-    by_platform,
-    describe,
-    finite,
-    has_accelerator,
-    hold_last_good,
-    is_reasonable,
-    leading_true,
-)
+from ._misc import describe, finite, hold_last_good, is_reasonable, leading_true
+from ._plan import Plan, estimated_minutes, num_operations, plan_newton
 from ._predictor import AbstractPredictor, Coarse
-from ._recurrence import AbstractRecurrence
-from ._shooting import Chunks, can_be_chunked, chunk_that_fits
-from ._window import March, Progress, Updated, Window
-
-
-# A correction leaves its square: with half the digits right before it, all are right
-# after it. The quarter is for second derivatives above one.
-_HALF_THE_DIGITS = 1 / 4
-
-# In units of rounding: a correction that is all rounding.
-_CORRECTION_UNITS = 8
-
-# From this number of steps on two cores have enough to do with one solve.
-_LONG = 1024
-
-# Operations of one Newton iteration, and how many of them take about a second on two
-# CPU cores. More than a minute of iterations is worth a warning.
-_OPERATIONS_PER_SECOND = 1e10
-_MOST_SECONDS = 60
-_USUAL_ITERATIONS = 5
+from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
+from ._shooting import Chunks
+from ._solve import Progress, Solve, Updated
+from ._window import Window, as_window
 
 
 class Newton(AbstractMethod):
@@ -101,7 +77,7 @@ class Newton(AbstractMethod):
     newton_max_steps: int = eqx.field(static=True, default=64)
     fallback: bool = eqx.field(static=True, default=True)  # pyright: ignore
     damping: AbstractDamping = Undamped()
-    window: Window | None = Window()
+    window: Window | None = eqx.field(converter=as_window, default=Window())
     chunk: int | None = eqx.field(static=True, default=None)
     progress_meter: Any = None
 
@@ -156,96 +132,28 @@ class Newton(AbstractMethod):
     def report_to(self, meter):
         return dataclasses.replace(self, progress_meter=meter)
 
-    def solve(
-        self, recurrence: AbstractRecurrence, is_cpu: bool | None = None
-    ) -> TrajectorySolution:
-        """As every method; `is_cpu` where it is known what the solve will run on."""
-        if recurrence.num_steps == 0 or recurrence.y0.shape[0] == 0:
-            return solve_sequentially(recurrence)
-        # What there is to find out about the steps is found out once.
-        self._warn_of_long_solves(recurrence)
-        recurrence, chosen = self.choose(recurrence)
-        method = dataclasses.replace(self, linearisation=chosen)
-        elsewhere = lambda: method._run(recurrence, method._plan(recurrence, False))
-        if is_cpu is False:
-            return elsewhere()
-        on_cpu = lambda: method._run_each(recurrence, method._plan(recurrence, True))
-        return by_platform(cpu=on_cpu, elsewhere=elsewhere)
-
-    def _warn_of_long_solves(self, recurrence) -> None:
-        num_steps, size = recurrence.num_steps, recurrence.y0.shape[0]
-        operations = 4.0 * num_steps * size**3
-        seconds = _USUAL_ITERATIONS * operations / _OPERATIONS_PER_SECOND
-        if has_accelerator() or seconds < _MOST_SECONDS:
-            return
-        if not isinstance(recurrence.choose(self.linearisation), Dense):
-            return
-        warnings.warn(
-            f"Newton's method on {num_steps:,} steps of a state of {size:,} numbers: "
-            f"about {operations:.0e} operations per iteration, some "
-            f"{seconds / 60:.0f} minutes on a CPU, for the dense Jacobians of all "
-            "steps. `DEER()` (sequential steps of `Tsit5` on a CPU) needs none of "
-            "them; nor does `method=Sequential()`. Where entries depend on themselves "
-            "mostly, `Newton(linearisation=Diagonal())` keeps only the diagonals.",
-            stacklevel=2,
-        )
-
-    def choose(self, recurrence) -> tuple[AbstractRecurrence, AbstractLinearisation]:
-        """What is iterated on, and how it is linearised."""
-        chosen = recurrence.choose(self.linearisation)
-        if isinstance(self.linearisation, SharedJacobian) and isinstance(chosen, Dense):
-            recurrence = recurrence.simplified()
-        return recurrence, chosen
-
-    def _plan(self, recurrence, is_cpu) -> tuple[int, tuple[int, ...] | None]:
-        """How many steps are taken as one, and the windows in units of these."""
-        total, y0 = recurrence.num_steps, recurrence.y0
-        lengths = None if self.window is None else self.window.lengths(total, is_cpu)
-        chunk = self._chunk(recurrence, total if lengths is None else lengths[-1])
-        if lengths is None:
-            return chunk, None
-        fits = lambda n: self.linearisation.fits(n, y0.size, y0.dtype)
-        num_chunks = -(-total // chunk)
-        whole = lambda n: num_chunks if n == total else max(1, n // chunk)
-        *longer, last = sorted({whole(n) for n in lengths}, reverse=True)
-        # Those whose Jacobians there is memory for, or else the shortest; or one that
-        # is shorter still, where nobody has said how long.
-        while self._is_window_free and last > 1 and not fits(last):
-            last = -(-last // 2)
-        return chunk, (*filter(fits, longer), last)
-
-    @property
-    def _is_window_free(self) -> bool:
-        return self.window is not None and self.window.length is None
-
-    def _chunk(self, recurrence, longest: int) -> int:
-        """One, unless more are asked for, or the Jacobians of the `longest` window that
-        has to be do not fit into memory.
-        """
-        y0, linearisation = recurrence.y0, self.linearisation
-        if self.chunk is not None and self.chunk > 1 and not can_be_chunked(recurrence):
+    def plan(self, recurrence, platform):
+        is_default = self.window is not None and self.window.length is None
+        length = None if self.window is None else self.window.length
+        if self.chunk is not None and self.chunk > 1 and not recurrence.is_explicit:
             raise ValueError(
                 f"`Newton(chunk={self.chunk})`: only explicit steps can be taken "
                 "several at a time, but those of this solver solve an equation. Leave "
                 "`chunk` out."
             )
-        if self.chunk is not None:
-            return min(self.chunk, recurrence.num_steps)
-        if self._is_window_free or not can_be_chunked(recurrence):
-            return 1
-        if not isinstance(linearisation, Dense):
-            return 1
-        bytes_per_step = linearisation.num_bytes(1, y0.size, y0.dtype)
-        return chunk_that_fits(longest, bytes_per_step, linearisation.max_bytes)
+        window = "default" if is_default else length
+        return plan_newton(recurrence, self.linearisation, window, self.chunk, platform)
 
-    def _run_each(self, recurrence, plan) -> TrajectorySolution:
-        """As `_run`; of a batch under `jax.vmap` one after the other, if each is long.
-
-        So a solve that has converged costs nothing more, and the memory is that of one.
-        """
-        if recurrence.num_steps < _LONG or self.progress_meter is not None:
-            return self._run(recurrence, plan)
-        arrays, rest = eqx.partition((self, recurrence), eqx.is_array)
+    def solve(self, recurrence: AbstractRecurrence, plan: Plan) -> TrajectorySolution:
+        if recurrence.num_steps == 0 or recurrence.y0.shape[0] == 0:
+            return solve_sequentially(recurrence)
+        _warn_of_long_solves(recurrence, plan.linearisation)
+        recurrence = self._simplified(recurrence, plan.linearisation)
+        method = dataclasses.replace(self, linearisation=plan.linearisation)
+        if not plan.is_batch_sequential or self.progress_meter is not None:
+            return method._run(recurrence, plan)
+        # A member that has converged costs nothing more, and memory is that of one.
+        arrays, rest = eqx.partition((method, recurrence), eqx.is_array)
 
         @jax.custom_batching.sequential_vmap
         def run(arrays):
@@ -254,14 +162,23 @@ class Newton(AbstractMethod):
 
         return run(arrays)
 
-    def _run(self, recurrence, plan) -> TrajectorySolution:
-        chunk, lengths = plan
-        if chunk == 1:
-            return self.march(recurrence, lengths).run(self.fallback)
-        chunks, ys = Chunks.of(recurrence, chunk), None
-        if self.guess.anew() is not self.guess:
+    def choose(self, recurrence) -> tuple[AbstractRecurrence, AbstractLinearisation]:
+        """What is iterated on, and how it is linearised."""
+        chosen = recurrence.choose(self.linearisation)
+        return self._simplified(recurrence, chosen), chosen
+
+    def _simplified(self, recurrence, chosen) -> AbstractRecurrence:
+        is_shared = isinstance(self.linearisation, SharedJacobian)
+        return recurrence.simplified() if is_shared and chosen.is_dense else recurrence
+
+    def _run(self, recurrence: AbstractRecurrence, plan: Plan) -> TrajectorySolution:
+        if plan.chunk == 1:
+            return self.start(recurrence, plan).run(self.fallback)
+        assert isinstance(recurrence, AbstractMapRecurrence)
+        chunks, ys = Chunks.of(recurrence, plan.chunk), None
+        if self.guess.for_window() is not self.guess:
             ys = chunks.fold(self.guess(recurrence))
-        solution = self.march(chunks, lengths).run(self.fallback, ys)
+        solution = self.start(chunks, plan).run(self.fallback, ys)
         return chunks.unfold(solution, recurrence.num_steps, self.fallback)
 
     def iterate(
@@ -270,75 +187,28 @@ class Newton(AbstractMethod):
         """The iteration over all steps, from `ys` or else from the guess: what it ended
         with, converged or not.
         """
-        march = self.march(recurrence)
-        return march.iterate(march.begin(ys))
+        solve = self.start(recurrence)
+        return solve.whole(solve.begin(ys))
 
-    def march(
-        self, recurrence: AbstractRecurrence, lengths: tuple[int, ...] | None = None
-    ) -> March:
-        """Windows of given lengths; or all steps at once, `newton_max_steps` times."""
+    def start(
+        self, recurrence: AbstractRecurrence, plan: Plan = Plan("newton")
+    ) -> Solve:
+        """The solve of `recurrence`; by default over all steps at once."""
         num_steps, state_size = recurrence.num_steps, recurrence.y0.shape[0]
         recurrence, linearisation = self.choose(recurrence)
-        is_patient = lengths is None
-        lengths = (num_steps,) if is_patient else lengths
-        linearisation.check_size(lengths[0], state_size, recurrence.y0.dtype)
-        return March(
+        longest = num_steps if plan.whole_first else plan.window or num_steps
+        linearisation.check_size(longest, state_size, recurrence.y0.dtype)
+        step = ft.partial(self.step, linearisation)
+        return Solve(
             recurrence,
             self.guess,
-            ft.partial(self.update, linearisation),
-            lengths,
+            step,
+            plan,
             self.newton_max_steps,
-            is_patient,
             self.progress_meter,
         )
 
-    def _tolerance(self, recurrence, scale):
-        dtype = scale.dtype
-        if self.rtol is None:
-            rtol = ROUNDING_UNITS * jnp.asarray(recurrence.eps, dtype)
-        else:
-            rtol = jnp.asarray(self.rtol, dtype)
-        # Below the smallest normal number relative accuracy has no meaning.
-        atol = jnp.finfo(dtype).tiny if self.atol is None else self.atol
-        return jnp.asarray(atol, dtype) + jnp.broadcast_to(rtol, scale.shape) * scale
-
-    def _are_small(
-        self, linearisation, recurrence, linearised, correction, is_right
-    ) -> tuple[Mask, Mask]:
-        """Of which steps the correction leaves nothing to correct; and of which it is
-        no more than what rounding of the steps adds up to.
-
-        Residuals that are small each may add up, over many steps. The correction is
-        their sum to first order; what is left after it is of second order. (With a
-        Jacobian that leaves something out it is of first order: then no more than what
-        rounding adds up to will do.) Only where nobody has asked for less.
-
-        An entry that is zero but for the rounding of others cannot be right relative to
-        itself. How large it is by rounding, a recurrence of arbitrary rounding errors
-        says.
-        """
-        num_steps, dtype = correction.shape[0], correction.dtype
-        if self.rtol is not None or self.atol is not None:
-            are_all = jnp.ones(num_steps, bool)
-            return are_all, are_all
-        eps = jnp.asarray(recurrence.eps, dtype)[None]
-        share = _HALF_THE_DIGITS * jnp.sqrt(eps)
-        if not linearisation.is_exact:
-            share = jnp.minimum(share, num_steps**0.5 * _CORRECTION_UNITS * eps)
-        share = jnp.maximum(share, _CORRECTION_UNITS * eps)
-        bound = share * recurrence.largest_scale(linearised.scale)
-        bound = bound + jnp.finfo(dtype).tiny
-        small = jnp.all(jnp.abs(correction) <= bound, axis=-1)
-
-        def at_rounding():
-            added_up = jnp.abs(scan_steps(linearised.A, linearised.rounding))
-            floor = ROUNDING_UNITS * eps * lax.cummax(finite(added_up))
-            return jnp.all(jnp.abs(correction) <= jnp.maximum(bound, floor), axis=-1)
-
-        is_asked = leading_true(is_right & small) < leading_true(is_right)
-        return small, lax.cond(is_asked, at_rounding, lambda: small)
-
-    def update(
+    def step(
         self,
         linearisation: AbstractLinearisation,
         recurrence: AbstractRecurrence,
@@ -348,32 +218,29 @@ class Newton(AbstractMethod):
         num_known: Array,
         was_at_rounding: Mask,
     ) -> Updated:
-        """One iteration. `largest` is what each entry was at most before the steps of
-        `recurrence`, `damping` what the last iteration left, and the first `num_known`
-        states are right, whatever they are. `was_at_rounding` says of which steps the
-        last correction was no more than rounding.
+        """One iteration. `largest` is the largest magnitude of each entry before the
+        steps of `recurrence`, `damping` what the last iteration left, and the first
+        `num_known` states have converged, whatever they are. `was_at_rounding` says of
+        which steps the last correction was no more than rounding.
         """
         is_known = jnp.arange(ys.shape[0], dtype=jnp.int32) < num_known
         linearised = recurrence.linearise(ys, linearisation)
         residual, A = linearised.residual, linearised.A
         residual = jnp.where(is_known[:, None], 0, residual)
         correction = scan_steps(A, residual)
-        scale = linearised.defect_scale
-        if linearised.per_unit is not None:
-            largest_change = jnp.max(jnp.abs(correction), axis=-1, keepdims=True)
-            scale = scale + linearised.per_unit * finite(largest_change)
-        tolerance = self._tolerance(recurrence, scale)
-        error = jax.vmap(self.norm)(linearised.defect / tolerance)
-        error = jnp.where(is_known, 0, error)
-        # Written so that NaN is not right.
-        is_right = is_known | ((error <= 1) & is_reasonable(ys + correction, largest))
-        small, at_rounding = self._are_small(
-            linearisation, recurrence, linearised, correction, is_right
+        accepted = Acceptance(self.rtol, self.atol, self.norm)(
+            recurrence,
+            linearised,
+            correction,
+            linearisation.is_exact,
+            is_known,
+            is_reasonable(ys + correction, largest),
         )
         # A correction of rounding's size may be large in a problem that makes errors
         # grow. That it does no harm shows after it: the residual is still small.
-        at_rounding = is_right & at_rounding
-        good = is_known | (is_right & small) | (at_rounding & was_at_rounding)
+        at_rounding = accepted.at_rounding
+        is_settled = at_rounding & was_at_rounding
+        good = is_known | (accepted.is_right & accepted.is_small) | is_settled
         values = jnp.maximum(jnp.abs(ys), jnp.abs(ys + residual))
         size = jnp.maximum(jnp.max(finite(values), axis=0), largest)
         delta, damping = self.damping(
@@ -385,13 +252,32 @@ class Newton(AbstractMethod):
             damping,
             leading_true(good),
         )
-        # What is right already gets all of its correction.
+        # Converged steps get all of their correction.
         corrected = ys + jnp.where(good[:, None], correction, delta)
         corrected = jnp.where(is_known[:, None], ys, corrected)
         is_fine = is_known | is_reasonable(corrected, largest)
         corrected = hold_last_good(recurrence.y0, corrected, is_fine)
         at_rounding = at_rounding & is_fine
-        return Updated(corrected, good, residual, error, damping, at_rounding)
+        return Updated(corrected, good, residual, accepted.error, damping, at_rounding)
+
+
+def _warn_of_long_solves(
+    recurrence: AbstractRecurrence, linearisation: AbstractLinearisation
+) -> None:
+    num_steps, size = recurrence.num_steps, recurrence.y0.shape[0]
+    minutes = estimated_minutes(num_steps, size)
+    if minutes is None or not linearisation.is_dense:
+        return
+    operations = num_operations(num_steps, size)
+    warnings.warn(
+        f"Newton's method on {num_steps:,} steps of a state of {size:,} numbers: "
+        f"about {operations:.0e} operations per iteration, some {minutes:.0f} minutes "
+        "on a CPU, for the dense Jacobians of all steps. `DEER()` (sequential steps of "
+        "`Tsit5` on a CPU) needs none of them; nor does `method=Sequential()`. Where "
+        "entries depend on themselves mostly, `Newton(linearisation=Diagonal())` keeps "
+        "only the diagonals.",
+        stacklevel=2,
+    )
 
 
 Newton.__init__.__doc__ = """**Arguments:**

@@ -22,7 +22,7 @@ class AbstractPredictor(eqx.Module):
     def __call__(self, recurrence: AbstractRecurrence) -> TrajectoryArray:
         """The states after each step; non-finite ones are allowed and held."""
 
-    def anew(self) -> "AbstractPredictor":
+    def for_window(self) -> "AbstractPredictor":
         """What guesses a part of a trajectory, from the state that it begins with.
 
         That is itself for a predictor that needs to know no more than the recurrence.
@@ -37,7 +37,7 @@ class Constant(AbstractPredictor):
         y0 = recurrence.y0
         return jnp.broadcast_to(y0, (recurrence.num_steps, *y0.shape))
 
-    def anew(self):
+    def for_window(self):
         return self
 
 
@@ -63,7 +63,7 @@ class Coarse(AbstractPredictor):
     def __call__(self, recurrence):
         return recurrence.coarse_trajectory(self.every)
 
-    def anew(self):
+    def for_window(self):
         return self
 
 

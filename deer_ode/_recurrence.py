@@ -80,6 +80,10 @@ class AbstractRecurrence(eqx.Module):
 
     y0: eqx.AbstractVar[State]
     eps: eqx.AbstractVar[tuple[float, ...]]
+    is_explicit: eqx.AbstractVar[bool]
+    """Whether a step is a map that solves nothing within, so that it can be taken from
+    any state, and differentiated there.
+    """
 
     @property
     @abc.abstractmethod
@@ -111,6 +115,16 @@ class AbstractRecurrence(eqx.Module):
         """The same, where steps after the first `num_steps` do no harm, whatever the
         states there.
         """
+
+    @property
+    def is_map(self) -> bool:
+        """Whether a step is a map, which has one value, or else an equation."""
+        return False
+
+    @property
+    def has_other_solutions(self) -> bool:
+        """Whether there may be solutions that sequential steps would not find."""
+        return False
 
     @property
     @abc.abstractmethod
@@ -194,10 +208,10 @@ class AbstractMapRecurrence(AbstractRecurrence):
 
     f: eqx.AbstractVar[Callable[[State, Any], State]]
     xs: eqx.AbstractVar[PyTree[Array]]
-    is_explicit: eqx.AbstractVar[bool]
-    """Whether a step solves nothing within, so that it can be taken from any state, and
-    differentiated there.
-    """
+
+    @property
+    def is_map(self):
+        return True
 
     @property
     def xs_axis(self) -> int:

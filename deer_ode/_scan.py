@@ -19,7 +19,8 @@ from ._method import (
     TrajectorySolution,
     sequential_solution,
 )
-from ._misc import StateFlattener, describe, has_accelerator, previous_states
+from ._misc import StateFlattener, describe, previous_states
+from ._plan import default_platform
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import Recurrence
 
@@ -203,8 +204,9 @@ def solve_recurrence(
     if not isinstance(guess, AbstractPredictor):
         _check_guess(guess, init, num_steps)
         guess = Trajectory(guess)
+    is_default = isinstance(method, Auto) and method.fallback
     is_loop = isinstance(method, Sequential) or (
-        isinstance(method, Auto) and method.fallback and not has_accelerator()
+        is_default and default_platform() == "cpu"
     )
     if is_loop or num_steps == 0 or len(jtu.tree_leaves(init)) == 0:
         return _sequential(f, init, xs, num_steps, reverse, options)

@@ -11,7 +11,7 @@ all chunks side by side. What is kept is $K$ Jacobians in place of $T$, and the 
 within a chunk follow from its start without any iteration.
 """
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.lax as lax
@@ -22,24 +22,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ._custom_types import State, Trajectory
 from ._method import TrajectorySolution, first_nonfinite_step
 from ._misc import finite, previous_states
-from ._recurrence import AbstractMapRecurrence, AbstractRecurrence, cut
-
-
-def can_be_chunked(
-    recurrence: AbstractRecurrence,
-) -> TypeGuard[AbstractMapRecurrence]:
-    """Whether several steps may be taken as one."""
-    return isinstance(recurrence, AbstractMapRecurrence) and recurrence.is_explicit
-
-
-def chunk_that_fits(num_steps: int, bytes_per_step: int, max_bytes: int) -> int:
-    """The smallest power of two so many steps at a time that one Jacobian for each
-    chunk takes no more than `max_bytes`; all steps if there is none.
-    """
-    size = 1
-    while size < num_steps and -(-num_steps // size) * bytes_per_step > max_bytes:
-        size *= 2
-    return min(size, num_steps)
+from ._recurrence import AbstractMapRecurrence, cut
 
 
 class Chunks(AbstractMapRecurrence):

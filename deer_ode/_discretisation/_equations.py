@@ -29,12 +29,12 @@ from .._implicit import solve_trajectory
 from .._linearisation import Dense, Exact, SharedJacobian
 from .._misc import (
     StateFlattener,
-    by_platform,
     hold_last_good,
     is_reasonable,
     previous_states,
 )
 from .._newton import Newton
+from .._plan import by_platform
 from .._predictor import Coarse, Constant
 from .._programs import without_checks
 from .._recurrence import AbstractRecurrence, Linearised, arbitrary_signs, cut
@@ -138,10 +138,11 @@ def solve_blocks(
     by_lapack = jax.vmap(_solve_one)
     if B.shape[-1] > _IN_A_LOOP:
         return by_lapack(B, right)
-    return by_platform(
-        cpu=lambda: _eliminate_in_a_loop(B, right),
-        elsewhere=lambda: by_lapack(B, right),
-    )
+
+    def solve(platform):
+        return (_eliminate_in_a_loop if platform == "cpu" else by_lapack)(B, right)
+
+    return by_platform(solve)
 
 
 def _solve_one(B, right):
@@ -312,9 +313,17 @@ class AbstractEquationRecurrence(AbstractRecurrence):
     def prefers_sequential(self) -> bool:
         return True  # to solve each step alone is what the check of solutions takes
 
+    @property
+    def is_explicit(self):
+        return False
+
+    @property
+    def has_other_solutions(self):
+        return self.num_steps > 1
+
     def is_sequential_answer(self, ys: Trajectory) -> Mask | None:
         """Whether each step by itself, from the state before it, ends there."""
-        if self.num_steps == 1:
+        if not self.has_other_solutions:
             return None
         alone = jax.vmap(self.step)(
             jnp.arange(self.num_steps), previous_states(self.y0, ys)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from .._affine import apply
 from .._custom_types import Args, State, Y
-from .._misc import finite, has_accelerator
+from .._misc import finite
+from .._plan import default_platform
 
 
 def _weighted_sum(weights, ks):
@@ -70,7 +71,8 @@ def explicit_rk_step(
     (256 coupled states 0.24 ms for 1.26, Hodgkin--Huxley 0.30 for 1.15,
     Lotka--Volterra 0.45 for 0.56), its gradient 0.05 to 1.0 times (JAX 0.12).
     """
-    apart = (lambda x: x) if has_accelerator() else lax.optimization_barrier
+    is_cpu = default_platform() == "cpu"
+    apart = lax.optimization_barrier if is_cpu else lambda x: x
     join, split = _as_one_leaf(y0)
     tableau = solver.tableau
     assert isinstance(tableau, diffrax.ButcherTableau)

@@ -1,0 +1,214 @@
+"""Every performance decision, made once, and every question about the platform.
+
+A solve is planned before it is traced: which path, over which windows, in which memory.
+No other module asks for the platform or holds a constant that was tuned. Each constant
+says where its value comes from.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.lax as lax
+
+
+Platform = Literal["cpu", "accelerator"]
+
+# --- constants ----------------------------------------------------------------------
+
+# Accelerators: shorter sequences end before an iteration of the whole has been
+# launched. Reasoned, not measured.
+_SHORT = 64
+
+# Accelerators: from this size on the published speed-up over the loop is 1.3 at most,
+# since the work of the scan grows with its cube (Lim et al. 2024, figure 2).
+_LARGE = 64
+
+# CPU: the whole interval up to so many steps, else windows. Over 1,024 steps or fewer
+# windows took up to 2.4 times as long as the whole interval at once; windows longer
+# than 256 were as fast on easy problems, and slower on hard ones (2 cores, JAX 0.10).
+# Both an interval and a window would double the time of compilation.
+_CPU_WHOLE = 1024
+_CPU_WINDOW = 256
+
+# Accelerators: the window after the whole interval. Reasoned, not measured: long enough
+# to fill the device, and within the horizon of most chaotic problems.
+_ACCELERATOR_WINDOW = 1024
+
+# CPU: solves of at least so many steps are solved one after the other under `vmap`, as
+# each of them can use both cores. Reasoned, not measured.
+_LONG = 1024
+
+# CPU: the exact Jacobians of so many steps stay in its cache. With windows of 128 to
+# 512 steps gradients took 0.5 to 1.0 times as long as with all at once (JAX 0.10).
+_CPU_TANGENT_WINDOW = 512
+
+# CPU: operations per second of an iteration (reasoned, 2 cores), and how many
+# iterations a solve takes. A solve that takes more than a minute is worth a warning.
+_OPERATIONS_PER_SECOND = 1e10
+_USUAL_ITERATIONS = 5
+_MOST_SECONDS = 60
+
+# --- the platform -------------------------------------------------------------------
+
+_planned: contextvars.ContextVar[Platform | None] = contextvars.ContextVar(
+    "platform", default=None
+)
+
+
+@contextlib.contextmanager
+def tracing_for(platform: Platform) -> Iterator[None]:
+    """What is traced within is for this platform, whether it is there or not."""
+    token = _planned.set(platform)
+    try:
+        yield
+    finally:
+        _planned.reset(token)
+
+
+def default_platform() -> Platform:
+    """What is traced now is for: an accelerator, unless JAX's default backend is a CPU,
+    or `tracing_for` says otherwise.
+    """
+    known = _planned.get()
+    if known is not None:
+        return known
+    return "cpu" if jax.default_backend() == "cpu" else "accelerator"
+
+
+def by_platform(run: Callable[[Platform], Any]) -> Any:
+    """`run(platform)` for the platform that the program is compiled for.
+
+    `jax.lax.platform_dependent`, but within another call the platform is known, and
+    where JAX's default backend is a CPU nothing else is traced, which would take as
+    long as all the rest. (Exported from there to accelerators, a program does as on a
+    CPU, with the same answer.)
+    """
+    if _planned.get() is not None or default_platform() == "cpu":
+        return run(default_platform())
+
+    def on(platform: Platform) -> Callable[[], Any]:
+        def traced():
+            with tracing_for(platform):
+                return run(platform)
+
+        return traced
+
+    return lax.platform_dependent(cpu=on("cpu"), default=on("accelerator"))
+
+
+# --- plans --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a recurrence is solved on a platform. Lengths are in steps of the iteration,
+    `chunk` steps of the recurrence each.
+    """
+
+    path: Literal["sequential", "newton"]
+    platform: Platform = "cpu"
+    whole_first: bool = True
+    """Whether to iterate over the whole interval before windows."""
+    window: int | None = None
+    """The length of the sliding window; `None` for the whole interval alone."""
+    chunk: int = 1
+    """How many steps are taken as one."""
+    is_batch_sequential: bool = False
+    """Whether the members of a batch are solved one after the other."""
+    linearisation: Any = None
+    """Which Jacobian is used, chosen by its structure; `None` for the method's own."""
+
+
+def prefers_sequential(recurrence: Any, linearisation: Any, platform: Platform) -> bool:
+    """Whether sequential steps take less time than iterations."""
+    if not recurrence.prefers_sequential:
+        return False
+    if platform == "cpu":
+        return True
+    if not recurrence.is_map:
+        return False
+    if recurrence.num_steps < _SHORT:
+        return True
+    # Without structure in the Jacobian the scan multiplies whole matrices.
+    is_large = recurrence.y0.shape[0] >= _LARGE
+    return is_large and recurrence.choose(linearisation).is_dense
+
+
+def plan_newton(
+    recurrence: Any,
+    linearisation: Any,
+    window: int | Literal["default"] | None,
+    chunk: int | None,
+    platform: Platform,
+) -> Plan:
+    """Newton's method over windows of given or default length. Where the Jacobians of a
+    window do not fit into memory a default one is shortened, and of an explicit one
+    several steps are taken as one.
+    """
+    total, state_size = recurrence.num_steps, recurrence.y0.shape[0]
+    linearisation = recurrence.choose(linearisation)
+    fits = lambda n: linearisation.fits(n, state_size, recurrence.y0.dtype)
+    is_default = window == "default"
+    if window == "default":
+        is_short = platform == "cpu" and total <= _CPU_WHOLE
+        length = _CPU_WINDOW if platform == "cpu" else _ACCELERATOR_WINDOW
+        length = total if is_short else min(length, total)
+    else:
+        length = total if window is None else min(window, total)
+    if chunk is None:
+        can_choose = not is_default and recurrence.is_explicit
+        chunk = _chunk_that_fits(length, fits) if can_choose else 1
+    chunk = min(chunk, total)
+    num_chunks = -(-total // chunk)
+    length = num_chunks if length == total else max(1, length // chunk)
+    while is_default and length > 1 and not fits(length):
+        length = -(-length // 2)
+    whole_first = is_default and platform != "cpu" and fits(num_chunks)
+    return Plan(
+        "newton",
+        platform,
+        whole_first=window is None or (whole_first and length < num_chunks),
+        window=None if window is None else length,
+        chunk=chunk,
+        is_batch_sequential=platform == "cpu" and total >= _LONG,
+        linearisation=linearisation,
+    )
+
+
+def _chunk_that_fits(num_steps: int, fits: Callable[[int], bool]) -> int:
+    """The smallest power of two steps per chunk so that one Jacobian of each chunk fits
+    into memory; all steps if there is none.
+    """
+    size = 1
+    while size < num_steps and not fits(-(-num_steps // size)):
+        size *= 2
+    return min(size, num_steps)
+
+
+def tangent_window(
+    num_steps: int, fits: Callable[[int], bool], platform: Platform
+) -> int:
+    """How many exact Jacobians the derivative holds at a time."""
+    length = min(_CPU_TANGENT_WINDOW, num_steps) if platform == "cpu" else num_steps
+    while length > 1 and not fits(length):
+        length = -(-length // 2)
+    return length
+
+
+def estimated_minutes(num_steps: int, state_size: int) -> float | None:
+    """How long Newton's method takes with dense Jacobians, if that is worth a warning:
+    more than a minute on a CPU. A model's figure.
+    """
+    seconds = _USUAL_ITERATIONS * num_operations(num_steps, state_size)
+    seconds = seconds / _OPERATIONS_PER_SECOND
+    is_long = default_platform() == "cpu" and seconds >= _MOST_SECONDS
+    return seconds / 60 if is_long else None
+
+
+def num_operations(num_steps: int, state_size: int) -> float:
+    """Of one iteration with dense Jacobians."""
+    return 4.0 * num_steps * state_size**3
