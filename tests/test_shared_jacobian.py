@@ -111,9 +111,9 @@ def test_where_it_is_used():
     # Asked for the exact Jacobian, Newton's method uses that.
     recurrence = steps_of(0.1)
     for linearisation in (Exact(), Dense()):
-        march = Newton(linearisation).march(recurrence)
-        assert march.recurrence is recurrence
-    shared = Newton(SharedJacobian()).march(recurrence)
+        solve = Newton(linearisation).start(recurrence)
+        assert solve.recurrence is recurrence
+    shared = Newton(SharedJacobian()).start(recurrence)
     assert shared.recurrence is not recurrence
 
 
