@@ -144,7 +144,7 @@ def test_progress(name, capfd):
 # --- what is refused ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", (0, -3, True, 2.5, (4, 16)))
+@pytest.mark.parametrize("length", (0, -3, True))
 def test_windows_that_are_none(length):
     with pytest.raises(ValueError, match=re.escape("`Window(length)` must be")):
         Window(length)
