@@ -7,22 +7,29 @@ parallel, everything before and after it stays Diffrax's own.
 """
 
 import functools as ft
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax._integrate import State
-from diffrax._misc import linear_rescale
 from jaxtyping import Array, PyTree
 
 from ._counting import KnownSteps, is_subsaveat
 from ._discretisation import Grid, discretise, tracing_steps
 from ._failure import error_if_failed
+from ._foreign import (
+    State,
+    advance,
+    constant_steps,
+    direction_of,
+    even_steps,
+    linear_rescale,
+    run_loop,
+    unvmap_any,
+)
 from ._implicit import give_derivatives, is_native, solve_trajectory
 from ._misc import (
     StateFlattener,
@@ -37,23 +44,6 @@ from ._predictor import Trajectory
 from ._programs import Program
 from ._saving import SolvedGrid, save, set_where
 from ._solver import DEER, DEERState
-
-
-def even_steps(t0, first, t1, num_steps: int) -> Grid:
-    """The first step to `first`, and the last one to `t1`.
-
-    Little work for each, since a loop over cheap steps does not take much longer; and
-    XLA takes out of the steps what it sees to be true throughout.
-    """
-    dtype = jnp.result_type(t1)
-    steps = jnp.arange(num_steps, dtype=jnp.int32)
-    total = jnp.asarray(num_steps, dtype)
-    even = lambda count: t0 + (t1 - t0) * (count.astype(dtype) / total)
-    ends = jnp.where(steps == num_steps - 1, t1, even(steps + 1))
-    tnext = jnp.where(steps == 0, first, ends)
-    tprev = jnp.where(steps == 1, first, even(steps))
-    tprev = jnp.where(steps == 0, t0, tprev)
-    return Grid(tprev, tnext, jnp.ones(num_steps, bool))
 
 
 def _controller_grid(
@@ -85,48 +75,18 @@ def _controller_grid(
         )
     if max_steps < 1:
         raise ValueError(f"`max_steps` must be at least 1; got {max_steps}.")
-    # The rule of Diffrax's controller: the first step is `dt0` long, the others divide
-    # the interval evenly; without an end all are `dt0` long. Each entry by itself, so
-    # that XLA makes one pass over the grid.
-    dtype = jnp.result_type(t1)
-    first = jnp.minimum(state.tnext, t1)
-    steps = jnp.arange(max_steps, dtype=jnp.int32)
     if known is not None:
-        return even_steps(state.tprev, first, t1, known.num_steps)
-    num_before, num_total, t_start, t_end = state.controller_state
-    # As Diffrax does: no last step that is nothing but rounding.
-    floor = jax.lax.fori_loop(0, 100, lambda _, t: eqxi.prevbefore(t), t1)
-
-    def end_of(step):
-        """Of steps counted from zero."""
-        count = num_before + step
-        bounded = t_start + (t_end - t_start) * (
-            count.astype(dtype) / num_total.astype(dtype)
-        )
-        # Where `t0` is `t1` there are none to divide by.
-        is_end = (count == num_total) | (num_total == 0)
-        bounded = jnp.where(is_end, t_end, bounded)
-        endless = state.tnext + t_end * step.astype(dtype)
-        end = jnp.where(num_total >= 0, bounded, endless)
-        end = jnp.where(end > floor, t1, end)
-        return jnp.where(step == 0, first, end)
-
-    tprev = jnp.where(steps == 0, state.tprev, end_of(steps - 1))
-    return Grid(tprev, end_of(steps), tprev < t1)
+        first = jnp.minimum(state.tnext, t1)
+        tprev, tnext = even_steps(state.tprev, first, t1, known.num_steps)
+        return Grid(tprev, tnext, jnp.ones(known.num_steps, bool))
+    tprev, tnext = constant_steps(state, t1, max_steps)
+    return Grid(tprev, tnext, tprev < t1)
 
 
 def _padded(states, max_steps: int | None):
     """As many whatever is known of the steps, so that they fit the next solve."""
     num_more = 0 if max_steps is None else max(max_steps - states.shape[0], 0)
     return jnp.pad(states, ((0, num_more), (0, 0)), mode="edge")
-
-
-def _controller_state(controller, state: State, num_steps):
-    """The controller's own count of steps, so many steps on."""
-    if isinstance(controller, diffrax.StepTo):
-        return state.controller_state + num_steps
-    num_before, *rest = state.controller_state
-    return (num_before + num_steps, *rest)
 
 
 def _first_event(event, state: State, args, event_kwargs, grid: Grid, ys):
@@ -175,20 +135,13 @@ def _check_conditions(discretised, trajectory, find_event, masks):
     return jtu.tree_map(lambda m, a: jnp.where(holds, m, a), masks, again)
 
 
-def _direction(terms) -> Any:
-    """Diffrax counts time forwards; -1 where the user's goes backwards."""
-    has_one = lambda term: hasattr(term, "direction")
-    wrapped = [t for t in jtu.tree_leaves(terms, is_leaf=has_one) if has_one(t)]
-    return wrapped[0].direction if wrapped else 1
-
-
 def _error_if_failed(discretised, trajectory, is_failed, step, direction):
     """`trajectory`, unless `step` failed: then an error that says why."""
     recurrence = without_gradient(discretised.recurrence)
     start = state_at(recurrence.y0, lax.stop_gradient(trajectory), step)
     one = recurrence.part(step, 1, start)
     cause = lax.cond(
-        eqxi.unvmap_any(is_failed),
+        unvmap_any(is_failed),
         lambda: one.cause_of_failure(),
         lambda: jnp.asarray(0, jnp.int32),
     )
@@ -325,7 +278,7 @@ def _all_steps(
         if steps.result is not None:
             step = jnp.where(is_short, step, jnp.maximum(num_until - 1, 0))
             is_failed = is_short | (failed[step] & discretised.grid.active[step])
-        direction = _direction(terms)
+        direction = direction_of(terms)
         trajectory = _error_if_failed(
             discretised, trajectory, is_failed, step, direction
         )
@@ -397,7 +350,7 @@ def _all_steps(
             lax.stop_gradient(_padded(recurrence.states(found), max_steps)),
             state.solver_state.num_newton_steps + solution.num_newton_steps,
         ),
-        controller_state=_controller_state(controller, state, num_made),
+        controller_state=advance(controller, state.controller_state, num_made),
         progress_meter_state=meter_state,
         result=result,
         num_steps=state.num_steps + num_made,
@@ -471,7 +424,6 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
                 "solve window by window. Leave out `num_substeps`, or leave out "
                 "`ParallelAdjoint`."
             )
-        stats = {}
         event_kwargs = dict(
             terms=terms,
             solver=solver,
@@ -483,9 +435,8 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
             max_steps=max_steps,
         )
 
-        def all_steps(cond_fun, body_fun, init_state, *, max_steps, buffers):
-            del cond_fun, body_fun, buffers
-            state, new_stats = _all_steps(
+        def all_steps(init_state):
+            return _all_steps(
                 init_state,
                 args=args,
                 terms=terms,
@@ -502,10 +453,10 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
                 guess=init_state.solver_state.ys if passed_solver_state else None,
                 known=self.known,
             )
-            stats.update(new_stats)
-            return state
 
-        final_state, aux_stats = self._loop(
+        return run_loop(
+            self,
+            all_steps,
             args=args,
             terms=terms,
             solver=solver,
@@ -517,12 +468,8 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
             dt0=dt0,
             max_steps=max_steps,
             init_state=init_state,
-            # The body is only looked at, never run.
-            inner_while_loop=lambda cond_fun, body_fun, init_val, **kw: init_val,
-            outer_while_loop=all_steps,
             progress_meter=progress_meter,
         )
-        return final_state, aux_stats | stats
 
 
 class ParallelAdjoint(AbstractParallelAdjoint):

@@ -10,11 +10,11 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax._integrate import SaveState
 from jaxtyping import Array, Bool, Int
 
 from ._custom_types import Args, StepCounts, Y
 from ._discretisation import Grid
+from ._foreign import SaveState
 from ._misc import count_true
 
 
