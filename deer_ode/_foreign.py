@@ -18,7 +18,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from diffrax._integrate import SaveState as SaveState, State as State
+from diffrax._integrate import SaveState as SaveState, State as LoopState
 from diffrax._misc import linear_rescale as linear_rescale
 from diffrax._term import AdjointTerm, WrapTerm, _ControlToODE
 from equinox.internal import (
@@ -264,7 +264,7 @@ def even_steps(t0, first, t1, num_steps: int, xp: Any = jnp) -> tuple[Any, Any]:
     return _step_times(t0, first, end_of, num_steps, xp)
 
 
-def constant_steps(state: State, t1, max_steps: int) -> tuple[Any, Any]:
+def constant_steps(state: LoopState, t1, max_steps: int) -> tuple[Any, Any]:
     """The steps of `ConstantStepSize` from the state that Diffrax's loop begins with.
 
     The first one is `dt0` long, the others divide the interval evenly; without an end
@@ -285,9 +285,9 @@ def constant_steps(state: State, t1, max_steps: int) -> tuple[Any, Any]:
 
 
 def advance(
-    controller: diffrax.ConstantStepSize | diffrax.StepTo, state: PyTree, num_steps
+    controller: diffrax.AbstractStepSizeController, state: PyTree, num_steps
 ) -> PyTree:
-    """The state of the controller so many steps on: both count them."""
+    """The state of `ConstantStepSize` or `StepTo` so many steps on."""
     if isinstance(controller, diffrax.StepTo):
         return state + num_steps
     count, *rest = state
@@ -299,9 +299,9 @@ def advance(
 
 def run_loop(
     adjoint: diffrax.AbstractAdjoint,
-    make_all_steps: Callable[[State], tuple[State, dict[str, Any]]],
+    make_all_steps: Callable[[LoopState], tuple[LoopState, dict[str, Any]]],
     **kwargs: Any,
-) -> tuple[State, dict[str, Any]]:
+) -> tuple[LoopState, dict[str, Any]]:
     """Diffrax's loop, with a function in place of the while loop over steps.
 
     `make_all_steps` is given the state that the while loop would begin with. It gives

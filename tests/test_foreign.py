@@ -40,7 +40,7 @@ def test_every_name_has_a_test():
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets}
     names = {name for name in names if not name.startswith("_")}
-    assert {"State", "nextafter", "Literal", "pallas", "run_loop"} <= names
+    assert {"LoopState", "nextafter", "Literal", "pallas", "run_loop"} <= names
     used = {
         node.attr
         for node in ast.walk(ast.parse(pathlib.Path(__file__).read_text()))
@@ -348,7 +348,7 @@ class Watch(diffrax.AbstractAdjoint):
         self, *, init_state, passed_solver_state, passed_controller_state, throw, **kw
     ):
         def make_all_steps(state):
-            assert isinstance(state, _foreign.State)
+            assert isinstance(state, _foreign.LoopState)
             steps = _foreign.constant_steps(state, kw["t1"], self.num_steps)
             return state, dict(steps=steps)
 
@@ -404,7 +404,7 @@ def fields(cls: type) -> list[str]:
 
 
 def test_fields_of_the_loop_state():
-    assert set(fields(_foreign.State)) == {
+    assert set(fields(_foreign.LoopState)) == {
         "y", "tprev", "tnext", "made_jump", "solver_state", "controller_state",
         "progress_meter_state", "result", "num_steps", "num_accepted_steps",
         "num_rejected_steps", "save_state", "dense_ts", "dense_infos",
