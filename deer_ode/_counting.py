@@ -13,6 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._custom_types import StepCounts
+from ._foreign import SNAPPED_UNITS, EvenSteps, even_steps, num_even_steps
 
 
 class KnownSteps(NamedTuple):
@@ -51,13 +52,6 @@ def time_dtype(t0, t1, dt0, saveat: diffrax.SaveAt) -> np.dtype:
     return np.dtype(dtype)
 
 
-def num_even_steps(t0: np.floating, t1: np.floating, dt0: np.floating) -> int:
-    """How many steps `ConstantStepSize` makes, by the rule of Diffrax's controller."""
-    # The next number, so that rounding of `dt0` makes no extra step.
-    longest = np.nextafter(abs(dt0), dt0.dtype.type(np.inf))
-    return max(1, int(np.ceil(abs(t1 - t0) / longest)))
-
-
 def count_even_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, bool]:
     """How many, and whether it makes all of them: `None` where that is not static, or
     makes no sense.
@@ -74,10 +68,9 @@ def count_even_steps(t0, t1, dt0, saveat: diffrax.SaveAt) -> tuple[int | None, b
     if num_steps == 1 and (t1 - (t0 + dt0)) * np.sign(dt0) > 0:
         # Rounding leaves it short of `t1`, and Diffrax takes what is left for a second.
         return 2, False
-    # A step that ends within a hundred units of rounding of `t1` is the last one. The
-    # first one is `dt0` long, the others divide the interval. Where one of them ends
-    # is rounded four times, on each side.
-    units = 110 * max(np.spacing(abs(t0)), np.spacing(abs(t1)))
+    # Whether a step ends that close to `t1` must not depend on rounding. Where one of
+    # them ends is rounded four times, on each side.
+    units = (SNAPPED_UNITS + 10) * max(np.spacing(abs(t0)), np.spacing(abs(t1)))
     left = [abs(t1 - t0) / num_steps]
     if num_steps > 1:
         left.append(abs(t1 - t0) - abs(dt0))
@@ -95,23 +88,24 @@ def count_resumed_steps(
     """
     dtype = time_dtype(t0, t1, dt0, saveat)
     t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
-    num_before, num_total, begin, end = (_static(x, np.float64) for x in state)
-    if any(x is None for x in (t0, t1, dt0, num_before, num_total, begin, end)):
+    even = EvenSteps(*(_static(x, np.float64) for x in state))
+    if any(x is None for x in (t0, t1, dt0, *even)):
         return None
     # Its times are counted forwards, as Diffrax has them.
     direction = 1 if t0 < t1 else -1
     first, last = direction * (t0 + dt0), direction * t1
     if t0 == t1 or first >= last:
         return 1
-    if num_total == 0:
+    if even.total == 0:
         return None
-    # What ends within a hundred units of rounding of `t1` is the last one; a few less,
-    # since one step too many does no harm.
-    last = np.float64(last) - 50 * max(np.spacing(abs(t0)), np.spacing(abs(t1)))
-    if num_total < 0:
-        more = (last - first) / end
+    # Fewer units of rounding than end the solve: one step too many does no harm.
+    units = (SNAPPED_UNITS - 50) * max(np.spacing(abs(t0)), np.spacing(abs(t1)))
+    last = np.float64(last) - units
+    if even.total < 0:
+        more = (last - first) / even.end
     else:
-        more = num_total * (last - begin) / (end - begin) - num_before
+        length = even.end - even.start
+        more = even.total * (last - even.start) / length - even.count
     return 1 + max(1, int(np.ceil(more))) if more < np.iinfo(np.int32).max else None
 
 
@@ -163,11 +157,9 @@ def _is_monotonic(points: np.ndarray) -> bool:
 def _points_of_even_steps(t0, t1, dt0, num_steps: int, dtype) -> np.ndarray:
     """Up to rounding, which XLA does in its own way."""
     t0, t1, dt0 = (_static(t, dtype) for t in (t0, t1, dt0))
-    points = t0 + (t1 - t0) * (np.arange(num_steps + 1) / num_steps).astype(dtype)
-    if num_steps > 1:
-        points[1] = t0 + dt0
-    points[-1] = t1
-    return points
+    first = t0 + dt0 if num_steps > 1 else t1
+    _, ends = even_steps(t0, first, t1, num_steps, np)
+    return np.concatenate([[t0], ends])
 
 
 def _patterns(num_steps: int, num_saved: int) -> list[StepCounts]:

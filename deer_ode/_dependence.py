@@ -16,13 +16,22 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.extend.core as jexc
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
 from ._custom_types import State
-from ._programs import body_of, closed, constants_of, is_program, scan_counts
+from ._foreign import (
+    Literal,
+    body_of,
+    called_program,
+    constants_of,
+    is_program,
+    is_ref,
+    run_program,
+    scan_parts,
+    while_parts,
+)
 
 
 # An array of booleans, or `None` where there is no dependence, so that most of a
@@ -107,18 +116,18 @@ def _follow(program, masks: list[_Mask], size: int, values=None):
         value_of[var] = None if isinstance(const, jax.core.Tracer) else const
 
     def mask(atom):
-        return None if isinstance(atom, jexc.Literal) else mask_of.get(atom)
+        return None if isinstance(atom, Literal) else mask_of.get(atom)
 
     def value(atom):
-        return atom.val if isinstance(atom, jexc.Literal) else value_of.get(atom)
+        return atom.val if isinstance(atom, Literal) else value_of.get(atom)
 
     last_use = {
         atom: k
         for k, eqn in enumerate(jaxpr.eqns)
         for atom in eqn.invars
-        if not isinstance(atom, jexc.Literal)
+        if not isinstance(atom, Literal)
     }
-    last_use |= {a: -1 for a in jaxpr.outvars if not isinstance(a, jexc.Literal)}
+    last_use |= {a: -1 for a in jaxpr.outvars if not isinstance(a, Literal)}
     for k, eqn in enumerate(jaxpr.eqns):
         if eqn.primitive.name in _COLLECTIVES:
             raise ValueError(
@@ -128,7 +137,7 @@ def _follow(program, masks: list[_Mask], size: int, values=None):
             )
         if eqn.primitive.name == "custom_lin":
             raise TypeError(NO_FORWARD_MODE)
-        if any("Ref" in type(atom.aval).__name__ for atom in eqn.invars):
+        if any(is_ref(atom) for atom in eqn.invars):
             raise _Unknown
         ins = [mask(atom) for atom in eqn.invars]
         if any(m is not None for m in ins):
@@ -138,7 +147,7 @@ def _follow(program, masks: list[_Mask], size: int, values=None):
             outs = _apply_rule(eqn, ins, [value(a) for a in eqn.invars], size)
             mask_of |= dict(zip(eqn.outvars, outs, strict=True))
             for atom in eqn.invars:
-                if not isinstance(atom, jexc.Literal) and last_use[atom] == k:
+                if not isinstance(atom, Literal) and last_use[atom] == k:
                     mask_of.pop(atom, None)
         elif known := _known_integers(eqn, [value(a) for a in eqn.invars]):
             value_of |= dict(zip(eqn.outvars, known, strict=True))
@@ -159,8 +168,7 @@ def _known_integers(eqn, values):
     with jax.ensure_compile_time_eval():
         program = eqn.params.get("jaxpr")
         if eqn.primitive.name in _CALLS and is_program(program):
-            program = closed(body_of(program), constants_of(program))
-            out = jexc.jaxpr_as_fun(program)(*values)
+            out = run_program(body_of(program), constants_of(program), *values)
         elif any(is_program(p) for p in eqn.params.values()):
             return None
         else:
@@ -226,7 +234,7 @@ def _apply_rule(eqn, ins: list[_Mask], values, size: int) -> list[_Mask]:
     if name == "cond":
         branches = [_follow(b, ins[1:], size) for b in params["branches"]]
         return [_union(masks) for masks in zip(*branches, strict=True)]
-    inner = next((params[k] for k in ("jaxpr", "call_jaxpr") if k in params), None)
+    inner = called_program(params)
     is_call = inner is not None and len(body_of(inner).invars) == len(ins)
     if is_call and name in _CALLS:
         return _follow(inner, ins, size, values)
@@ -320,10 +328,8 @@ def _fixed_point(body, carry: list[_Mask]) -> list[_Mask]:
 
 
 def _while(params, ins, size) -> list[_Mask]:
-    num_skipped = params["cond_nconsts"]
-    num_consts = params["body_nconsts"]
+    body, num_skipped, num_consts = while_parts(params)
     consts = ins[num_skipped : num_skipped + num_consts]
-    body = params["body_jaxpr"]
     return _fixed_point(
         lambda carry: _follow(body, [*consts, *carry], size),
         ins[num_skipped + num_consts :],
@@ -331,10 +337,9 @@ def _while(params, ins, size) -> list[_Mask]:
 
 
 def _scan(params, ins, size) -> list[_Mask]:
-    num_consts, num_carry = scan_counts(params)
+    body, num_consts, num_carry = scan_parts(params)
     consts = ins[:num_consts]
     xs = [None if m is None else m.any(axis=0) for m in ins[num_consts + num_carry :]]
-    body = params["jaxpr"]
 
     def once(carry):
         return _follow(body, [*consts, *carry, *xs], size)

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._foreign import unvmap_any, unvmap_max
 
 
 NOT_FINITE, NO_DERIVATIVE, SINGULAR, NO_SOLUTION, NOT_CONVERGED = range(5)
@@ -76,11 +77,11 @@ def error_if_failed(
     messages = _Messages()
     time = lax.stop_gradient(time)
     lowest = jnp.asarray(-jnp.inf, time.dtype)
-    any_failed = eqxi.unvmap_any(is_failed)
-    worst = eqxi.unvmap_max(jnp.where(is_failed, step, -1))
+    any_failed = unvmap_any(is_failed)
+    worst = unvmap_max(jnp.where(is_failed, step, -1))
     is_worst = is_failed & (step == worst)
-    time = eqxi.unvmap_max(jnp.where(is_worst, time, lowest))
-    cause = eqxi.unvmap_max(jnp.where(is_worst, cause, 0))
+    time = unvmap_max(jnp.where(is_worst, time, lowest))
+    cause = unvmap_max(jnp.where(is_worst, cause, 0))
     index = lax.cond(
         any_failed,
         lambda *values: jax.pure_callback(

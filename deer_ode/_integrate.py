@@ -1,6 +1,7 @@
 """`diffeqsolve`: Diffrax's, with the grid counted and solved in parallel."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -10,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import ArrayLike, PyTree
 
-from ._counting import count_resumed_steps, count_steps
+from ._counting import KnownSteps, count_resumed_steps, count_steps
 from ._custom_types import Args, Y
 from ._discretisation import AbstractImplicitTerm, consistent_initial_values
 from ._misc import describe
@@ -21,9 +22,25 @@ from ._solver import DEER
 _DIFFRAX_MAX_STEPS = 4096
 
 
-def _solve_implicit(term: AbstractImplicitTerm, t0, y0: Y, args: Args, throw, solve):
+class _Equation(NamedTuple):
+    """What is solved: the positional arguments of `diffeqsolve`."""
+
+    terms: PyTree[Any]
+    solver: Any
+    t0: Any
+    t1: Any
+    dt0: Any
+    y0: Y
+    args: Args
+
+
+def _with_consistent_values(
+    equation: _Equation, throw: bool, solve: Callable[[_Equation], diffrax.Solution]
+) -> diffrax.Solution:
     """A differential-algebraic equation, from consistent initial values."""
-    initial = consistent_initial_values(term, t0, y0, args)
+    initial = consistent_initial_values(
+        equation.terms, equation.t0, equation.y0, equation.args
+    )
     # What is typed in to half the digits or more passes.
     is_consistent = (
         initial.residual <= float(jnp.finfo(initial.residual.dtype).eps) ** 0.5
@@ -38,7 +55,7 @@ def _solve_implicit(term: AbstractImplicitTerm, t0, y0: Y, args: Args, throw, so
             "at `t0`. `deer_ode.consistent_initial_values(term, t0, y0, args)` shows "
             "what is left; mend `y0`, or go on regardless with `throw=False`.",
         )
-    sol = solve(y0)
+    sol = solve(equation._replace(y0=y0))
     stats = sol.stats | dict(
         initial_residual=initial.residual, initial_correction=initial.correction
     )
@@ -131,15 +148,11 @@ def diffeqsolve(
         made_jump=made_jump,
         discrete_terminating_event=discrete_terminating_event,
     )
+    equation = _Equation(terms, solver, t0, t1, dt0, y0, args)
+    solve = lambda equation: _solve(equation, adjoint, max_steps, kwargs)
     if isinstance(terms, AbstractImplicitTerm):
-
-        def solve(y0):
-            return _solve(
-                terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs
-            )
-
-        return _solve_implicit(terms, t0, y0, args, throw, solve)
-    return _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs)
+        return _with_consistent_values(equation, throw, solve)
+    return solve(equation)
 
 
 def _can_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
@@ -177,21 +190,11 @@ def _is_endless(t0, t1) -> bool:
     return bool(np.isinf(t1 - t0))
 
 
-def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
-    if isinstance(solver, type):
-        raise ValueError(
-            "`solver` must be an instance of a solver, such as "
-            f"`DEER(diffrax.Tsit5())`; got {describe(solver)}."
-        )
-    stepsize_controller = kwargs["stepsize_controller"]
-    if isinstance(max_steps, str) and max_steps != "counted":
-        raise ValueError(
-            "`max_steps` must be a number of steps, `None` for no bound, or "
-            f"'counted'; got {max_steps!r}."
-        )
+def _solve(equation: _Equation, adjoint, max_steps, kwargs: dict[str, Any]):
+    _check_kinds(equation.solver, max_steps)
     is_parallel = (
-        type(solver) is DEER
-        and solver.num_substeps is None
+        type(equation.solver) is DEER
+        and equation.solver.num_substeps is None
         and (adjoint is None or type(adjoint) is ParallelAdjoint)
     )
     if not is_parallel:
@@ -200,43 +203,71 @@ def _solve(terms, solver, t0, t1, dt0, y0, args, adjoint, max_steps, kwargs):
         kwargs["max_steps"] = (
             _DIFFRAX_MAX_STEPS if max_steps == "counted" else max_steps
         )
-        return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, args, **kwargs)
+        return diffrax.diffeqsolve(*equation, **kwargs)
     if max_steps == "counted":
         max_steps = None
-    # A solve that is resumed goes on counting.
-    state = kwargs["controller_state"]
-    bound, known = None, None
-    is_even = isinstance(stepsize_controller, diffrax.ConstantStepSize)
-    if not (is_even and dt0 is None):
-        bound, known = count_steps(
-            stepsize_controller, t0, t1, dt0, kwargs["saveat"], max_steps
-        )
-        if state is not None:
-            known = None
-            if is_even:
-                counted = count_resumed_steps(state, t0, t1, dt0, kwargs["saveat"])
-                bound = bound if counted is None else counted
-    elif max_steps is None:
-        raise ValueError(
-            "`dt0` is the size of the steps and must be given with "
-            "`ConstantStepSize()`; got `dt0=None`."
-        )
+    bound, known = _count(equation, max_steps, kwargs)
     if max_steps is None:
-        max_steps = bound
-    if max_steps is None and kwargs["event"] is not None and _is_endless(t0, t1):
-        max_steps = _DIFFRAX_MAX_STEPS
-    if max_steps is None and is_even:
+        max_steps = _bound_on_steps(equation, bound, kwargs)
+    if adjoint is None:
+        adjoint = ParallelAdjoint() if known is None else CountedSteps(known)
+    kwargs |= dict(adjoint=adjoint, max_steps=max_steps)
+    try:
+        return diffrax.diffeqsolve(*equation, **kwargs)
+    except (TypeError, ValueError):
+        _check_fields(equation.terms, equation.t0, equation.y0, equation.args)
+        raise
+
+
+def _check_kinds(solver, max_steps) -> None:
+    if isinstance(solver, type):
+        raise ValueError(
+            "`solver` must be an instance of a solver, such as "
+            f"`DEER(diffrax.Tsit5())`; got {describe(solver)}."
+        )
+    if isinstance(max_steps, str) and max_steps != "counted":
+        raise ValueError(
+            "`max_steps` must be a number of steps, `None` for no bound, or "
+            f"'counted'; got {max_steps!r}."
+        )
+
+
+def _count(
+    equation: _Equation, max_steps: int | None, kwargs: dict[str, Any]
+) -> tuple[int | None, KnownSteps | None]:
+    """At most how many steps there are, and which they are, as far as it is known."""
+    controller, state = kwargs["stepsize_controller"], kwargs["controller_state"]
+    times = equation.t0, equation.t1, equation.dt0, kwargs["saveat"]
+    is_even = isinstance(controller, diffrax.ConstantStepSize)
+    if is_even and equation.dt0 is None:
+        if max_steps is None:
+            raise ValueError(
+                "`dt0` is the size of the steps and must be given with "
+                "`ConstantStepSize()`; got `dt0=None`."
+            )
+        return None, None
+    bound, known = count_steps(controller, *times, max_steps)
+    if state is None:
+        return bound, known
+    # A solve that is resumed continues the count of steps.
+    counted = count_resumed_steps(state, *times) if is_even else None
+    return bound if counted is None else counted, None
+
+
+def _bound_on_steps(
+    equation: _Equation, bound: int | None, kwargs: dict[str, Any]
+) -> int | None:
+    """`max_steps` where it is not given."""
+    t0, t1, dt0 = equation.t0, equation.t1, equation.dt0
+    if bound is None and kwargs["event"] is not None and _is_endless(t0, t1):
+        return _DIFFRAX_MAX_STEPS
+    if bound is None and isinstance(
+        kwargs["stepsize_controller"], diffrax.ConstantStepSize
+    ):
         raise ValueError(
             "The number of steps must be known while tracing, but cannot be "
             f"counted from t0={t0}, t1={t1}, dt0={dt0}. Give `max_steps=...`, "
             "at least the number of steps, or step to given times with "
             "`stepsize_controller=diffrax.StepTo(ts)`."
         )
-    if adjoint is None:
-        adjoint = ParallelAdjoint() if known is None else CountedSteps(known)
-    kwargs |= dict(adjoint=adjoint, max_steps=max_steps)
-    try:
-        return diffrax.diffeqsolve(terms, solver, t0, t1, dt0, y0, args, **kwargs)
-    except (TypeError, ValueError):
-        _check_fields(terms, t0, y0, args)
-        raise
+    return bound

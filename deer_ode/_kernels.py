@@ -18,7 +18,7 @@ Nothing here is differentiable by itself; `lax.custom_linear_solve` is what asks
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.lax as lax
@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from ._foreign import pallas
 
 
 # At this size 238 of the 255 registers of a thread are taken, in double precision.
@@ -320,49 +322,13 @@ def _replace(y: list, i: Any, y_i: Array) -> list:
 
 
 # --- Pallas ---------------------------------------------------------------------------
-#
-# Imported here and nowhere else, and not before a kernel is wanted: it is experimental,
-# its part for Triton is about to leave JAX (deprecated in 0.11), and without a GPU
-# nobody needs it.
-
-
-class _Pallas(NamedTuple):
-    """All that is used of it."""
-
-    program_id: Callable
-    ds: Callable
-    cdiv: Callable
-    BlockSpec: Callable
-    pallas_call: Callable
-    load: Callable
-    store: Callable
-    CompilerParams: Callable
-
-
-def _pallas() -> _Pallas:
-    """An `ImportError` with the reason where JAX has not got it."""
-    try:
-        # By their full names: `from` would also take what a module only remembers.
-        import jax.experimental.pallas as pallas
-        import jax.experimental.pallas.triton as triton
-
-        return _Pallas(
-            *(pallas.program_id, pallas.ds, pallas.cdiv),
-            *(pallas.BlockSpec, pallas.pallas_call),
-            *(triton.load, triton.store, triton.CompilerParams),
-        )
-    except (ImportError, AttributeError) as e:
-        raise ImportError(
-            "they are written in Pallas for Triton (`jax.experimental.pallas.triton`), "
-            f"which JAX {jax.__version__} does not have as it was ({e})"
-        ) from e
 
 
 @functools.cache
 def _has_pallas() -> bool:
     """Asked where there is a GPU to use it; said once where it is missing."""
     try:
-        _pallas()
+        pallas()
     except ImportError as e:
         warnings.warn(
             f"`deer_ode` has GPU kernels for affine scans that cannot be used: {e}. "
@@ -379,7 +345,7 @@ def _mask(lanes: int, tile: int) -> Array | None:
     if lanes % tile == 0:
         return None
     lane = lax.broadcasted_iota(jnp.int32, (1, tile), 1)
-    return _pallas().program_id(0) * tile + lane < lanes
+    return pallas().program_id(0) * tile + lane < lanes
 
 
 def _at(ref: Any, *index: Any) -> Any:
@@ -392,12 +358,12 @@ def _at(ref: Any, *index: Any) -> Any:
     if row is None:
         row = slice(None)
     else:
-        row = _pallas().ds(row if isinstance(row, int) else alike(row), 1)
+        row = pallas().ds(row if isinstance(row, int) else alike(row), 1)
     return ref.at[*before, row, :]
 
 
 def _load(ref: Any, mask: Array | None) -> Array:
-    return _pallas().load(ref, mask=mask)
+    return pallas().load(ref, mask=mask)
 
 
 def _rows(A_ref: Any, b_ref: Any, i: Any, mask: Array | None) -> Callable:
@@ -416,7 +382,7 @@ def _rows(A_ref: Any, b_ref: Any, i: Any, mask: Array | None) -> Callable:
 def _store(ref: Any, value: Array, mask: Array | None) -> None:
     if mask is not None:
         mask = jnp.broadcast_to(mask, value.shape)
-    _pallas().store(ref, value, mask=mask)
+    pallas().store(ref, value, mask=mask)
 
 
 def _call(
@@ -428,19 +394,19 @@ def _call(
     interpret: bool,
 ) -> Any:
     """One program for each `tile` of lanes."""
-    pallas = _pallas()
+    pl = pallas()
 
     def spec(shape):
         before = (0,) * (len(shape) - 1)
-        return pallas.BlockSpec((*shape[:-1], tile), lambda i: (*before, i))
+        return pl.BlockSpec((*shape[:-1], tile), lambda i: (*before, i))
 
-    return pallas.pallas_call(
+    return pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(shape, inputs[0].dtype) for shape in shapes],
-        grid=(pallas.cdiv(shapes[0][-1], tile),),
+        grid=(pl.cdiv(shapes[0][-1], tile),),
         in_specs=[spec(x.shape) for x in inputs],
         out_specs=[spec(shape) for shape in shapes],
         # One stage: Triton is not to reorder loads by way of shared memory.
-        compiler_params=pallas.CompilerParams(num_warps=num_warps, num_stages=1),
+        compiler_params=pl.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
     )(*inputs)

@@ -12,10 +12,9 @@ import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from diffrax._term import WrapTerm
 
 from ._auto import Auto
-from ._counting import num_even_steps, time_dtype
+from ._counting import time_dtype
 from ._damping import Undamped
 from ._discretisation import (
     AbstractImplicitTerm,
@@ -23,11 +22,11 @@ from ._discretisation import (
     consistent_initial_values,
     discretise,
 )
+from ._foreign import even_steps, num_even_steps, wrap
 from ._integrate import diffeqsolve
 from ._method import AbstractMethod
 from ._misc import StateFlattener
 from ._newton import Newton
-from ._parallel_adjoint import even_steps
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import AbstractRecurrence
 from ._scan import make_recurrence, scan, solve_recurrence
@@ -96,7 +95,7 @@ def _even_points(t0, t1, dt0, dtype) -> np.ndarray:
     count = num_even_steps(t0, t1, dt0)
     # Compiled as it is in a solve, since XLA rounds constants its own way.
     first = t0 + dt0 if count > 1 else t1
-    tnext = jax.jit(lambda: even_steps(t0, first, t1, count).tnext)()
+    tnext = jax.jit(lambda: even_steps(t0, first, t1, count)[1])()
     return np.concatenate([[t0], np.asarray(tnext)])
 
 
@@ -137,13 +136,7 @@ def _differential_equation(arguments: dict) -> Problem:
         )
     # Time runs forwards for Diffrax's solvers; the terms know better.
     direction = jnp.where(points[0] < points[-1], 1, -1)
-    terms = jtu.tree_map(
-        lambda term: WrapTerm(term, direction),
-        terms,
-        is_leaf=lambda x: (
-            isinstance(x, diffrax.AbstractTerm) and not isinstance(x, diffrax.MultiTerm)
-        ),
-    )
+    terms = wrap(terms, direction)
     grid = Grid.from_points(jnp.asarray(points) * direction)
     recurrence = discretise(solver.solver, terms, grid, y0, args).recurrence
     guess = None

@@ -1,4 +1,4 @@
-"""Traced programs (jaxprs): what JAX versions call differently, and checks removed.
+"""Traced programs (jaxprs) from which the checks of the user are removed.
 
 A check of the user (`equinox.error_if` in a vector field) must fail a solve exactly
 when the answer trips it. Newton's method evaluates the field at iterates as well, which
@@ -8,66 +8,28 @@ keep theirs. No setting of the process is touched, so neither threads nor caches
 traced programs can see it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax.extend.core as jexc
 import jax.tree_util as jtu
-import numpy as np
 
-
-# From JAX 0.11 on one class with the other.
-_ClosedJaxpr: Any = jexc.ClosedJaxpr  # pyright: ignore
-_PROGRAMS = jexc.Jaxpr | _ClosedJaxpr
-
-# The module whose callbacks raise the errors of `equinox.error_if`.
-_RAISES = "equinox._errors"
-
-
-def body_of(program: Any) -> Any:
-    """The equations. Before JAX 0.11 a closed program holds them and its constants."""
-    return getattr(program, "jaxpr", program)
-
-
-def constants_of(program: Any) -> list:
-    return list(getattr(program, "consts", ()))
-
-
-def closed(body: Any, constants: list) -> Any:
-    return _ClosedJaxpr(body, constants)
-
-
-def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """How many constants and how many carries a `scan` equation has."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    constants, carry, _ = params["ft_in"].unpack()
-    return len(constants), len(carry)
-
-
-def is_program(x: Any) -> bool:
-    return isinstance(x, _PROGRAMS)
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    for leaf in jtu.tree_leaves(list(params.values()), is_leaf=is_program):
-        if is_program(leaf):
-            yield leaf
-
-
-def _is_raise(equation: Any) -> bool:
-    callback = equation.params.get("callback")
-    callback = getattr(callback, "callback_func", callback)
-    return (
-        equation.primitive.name == "pure_callback"
-        and getattr(callback, "__module__", None) == _RAISES
-    )
+from ._foreign import (
+    body_of,
+    closed,
+    constants_of,
+    inner_programs,
+    is_check,
+    is_program,
+    is_raise,
+    passed,
+    run_program,
+)
 
 
 def _raises(program: Any) -> bool:
     return any(
-        _is_raise(equation) or any(_raises(p) for p in _inner(equation.params))
+        is_raise(equation) or any(_raises(p) for p in inner_programs(equation))
         for equation in body_of(program).eqns
     )
 
@@ -77,26 +39,20 @@ def _without_checks(program: Any) -> Any:
     body = body_of(program)
     equations = []
     for equation in body.eqns:
-        params = equation.params
-        if not any(_raises(p) for p in _inner(params)):
+        if not any(_raises(p) for p in inner_programs(equation)):
             equations.append(equation)
             continue
-        if equation.primitive.name == "cond" and any(
-            _is_raise(e) for branch in params["branches"] for e in body_of(branch).eqns
-        ):
-            # Equinox has what passes first.
-            index, *operands = equation.invars
-            passes = jexc.Literal(np.asarray(0, index.aval.dtype), index.aval)
-            equations.append(equation.replace(invars=[passes, *operands]))
+        if is_check(equation):
+            equations.append(passed(equation))
             continue
         params = jtu.tree_map(
             lambda p: _without_checks(p) if is_program(p) else p,
-            params,
+            equation.params,
             is_leaf=lambda p: is_program(p) or not isinstance(p, dict | list | tuple),
         )
         equations.append(equation.replace(params=params))
     body = body.replace(eqns=equations)
-    return body if program is body_of(program) else closed(body, program.consts)
+    return body if program is body_of(program) else closed(body, constants_of(program))
 
 
 class Program(eqx.Module):
@@ -120,8 +76,7 @@ class Program(eqx.Module):
 
     def __call__(self, *args: Any) -> Any:
         inputs = jtu.tree_leaves(eqx.filter(args, eqx.is_array))
-        program = closed(self._body, self._constants)
-        out = jexc.jaxpr_as_fun(program)(*inputs)
+        out = run_program(self._body, self._constants, *inputs)
         out = jtu.tree_unflatten(jtu.tree_structure(self._out_shapes), out)
         return eqx.combine(out, self._out_static)
 

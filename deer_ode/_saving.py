@@ -2,7 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -10,11 +10,11 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax._integrate import SaveState
 from jaxtyping import Array, Bool, Int
 
 from ._custom_types import Args, StepCounts, Y
 from ._discretisation import Grid
+from ._foreign import SaveState
 from ._misc import count_true
 
 
@@ -64,6 +64,48 @@ def _scatter(buffer, positions, value):
     return buffer.at[positions].set(value.astype(buffer.dtype), mode="drop")
 
 
+class _Saves(NamedTuple):
+    """What one kind of save (`ts` or `steps`) writes."""
+
+    times: Array
+    states: Y
+    mask: Bool[Array, " saves"]
+    """Which of them lie within the steps that were made."""
+    order: Int[Array, " saves"]
+    """The place of each among the saves of both kinds."""
+
+
+def _saves_at_times(
+    ts: Array, every: int, counts: StepCounts | None, solved: SolvedGrid
+) -> _Saves:
+    tnext, num_made = solved.grid.tnext, solved.num_steps
+    # Not used where `every` is zero and nothing is interpolated.
+    index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
+    if counts is not None and solved.are_all_made:
+        reached = jnp.ones(len(ts), bool)
+        times, states = ts, solved.states_after(counts)
+    else:
+        last = jnp.where(num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf)
+        reached = ts <= last
+        # What is not reached is evaluated at the start, where all is finite.
+        index = jnp.where(reached, index, 0)
+        times = jnp.where(reached, ts, solved.grid.tprev[0])
+        states = solved.evaluate(times, index)
+    order = jnp.arange(len(ts), dtype=jnp.int32)
+    if every != 0:
+        order += index // every
+    return _Saves(times, states, reached, order)
+
+
+def _saves_after_steps(every: int, ts: Array | None, solved: SolvedGrid) -> _Saves:
+    take = lambda x: x[every - 1 :: every]
+    times = take(solved.grid.tnext)
+    order = jnp.arange(times.shape[0], dtype=jnp.int32)
+    if ts is not None:
+        order += jnp.searchsorted(ts, times, side="right").astype(jnp.int32)
+    return _Saves(times, jtu.tree_map(take, solved.ys), take(solved.made()), order)
+
+
 def save(
     subsaveat: diffrax.SubSaveAt,
     counts: StepCounts | None,
@@ -78,58 +120,28 @@ def save(
     The value at `t0` is there already; that at `t1` is written by Diffrax afterwards.
     """
     offset: Any = save_state.save_index
-    num_made = solved.num_steps
-    tnext = solved.grid.tnext
-    save_at = jax.vmap(lambda t, y: subsaveat.fn(t, y, args))
-    every, ts = subsaveat.steps, subsaveat.ts
-    out_size = save_state.ts.shape[0]
-    # One (positions, mask, times, values) for each kind of save.
-    saves = []
-    num_saved = num_reached = 0
-    if ts is not None:
-        # Not used where `every` is zero and nothing is interpolated.
-        index = jnp.searchsorted(tnext, ts, side="left").astype(jnp.int32)
-        if counts is not None and solved.are_all_made:
-            reached = jnp.ones(len(ts), bool)
-            times, states = ts, solved.states_after(counts)
-        else:
-            last = jnp.where(
-                num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf
-            )
-            reached = ts <= last
-            # What is not reached is evaluated at the start, where all is finite.
-            index = jnp.where(reached, index, 0)
-            times = jnp.where(reached, ts, solved.grid.tprev[0])
-            states = solved.evaluate(times, index)
-        values = save_at(times, states)
-        num_saved = num_reached = count_true(reached)
-        positions = jnp.arange(len(ts), dtype=jnp.int32)
-        if every != 0:
-            positions += index // every
-        where = jnp.where(reached, offset + positions, out_size)
-        saves.append((where, reached, times, values))
-    if every != 0:
-        made = solved.made()[every - 1 :: every]
-        times = tnext[every - 1 :: every]
-        ys = jtu.tree_map(lambda y: y[every - 1 :: every], solved.ys)
-        values = save_at(times, ys)
-        num_saved = num_saved + count_true(made)
-        positions = jnp.arange(times.shape[0], dtype=jnp.int32)
-        if ts is not None:
-            positions += jnp.searchsorted(ts, times, side="right").astype(jnp.int32)
-        where = jnp.where(made, offset + positions, out_size)
-        saves.append((where, made, times, values))
     out_ts, out_ys = save_state.ts, save_state.ys
-    for where, mask, times, values in saves:
+    out_size = out_ts.shape[0]
+    every, ts = subsaveat.steps, subsaveat.ts
+    saves = []
+    if ts is not None:
+        saves.append(_saves_at_times(ts, every, counts, solved))
+    if every != 0:
+        saves.append(_saves_after_steps(every, ts, solved))
+    for times, states, mask, order in saves:
+        values = jax.vmap(lambda t, y: subsaveat.fn(t, y, args))(times, states)
         if len(saves) == 1:
             write = ft.partial(set_where, offset=offset, mask=mask)
         else:  # saves of two kinds, interleaved by time
-            write = ft.partial(_scatter, positions=where)
+            positions = jnp.where(mask, offset + order, out_size)
+            write = ft.partial(_scatter, positions=positions)
         out_ts = write(out_ts, value=times)
         out_ys = jtu.tree_map(lambda out, v, w=write: w(out, value=v), out_ys, values)
+    num_saved = [count_true(each.mask) for each in saves]
+    num_reached = 0 if ts is None else num_saved[0]
     return SaveState(
         saveat_ts_index=save_state.saveat_ts_index + num_reached,
         ts=out_ts,
         ys=out_ys,
-        save_index=offset + num_saved,
+        save_index=offset + sum(num_saved),
     )

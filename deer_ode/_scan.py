@@ -11,6 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, PyTree
 
 from ._auto import Auto
+from ._foreign import body_of
 from ._implicit import solve_trajectory
 from ._method import (
     AbstractMethod,
@@ -327,7 +328,7 @@ def _outputs(f, init, xs, carries, num_good, structure):
         )
     shapes = jtu.tree_leaves(structure)
     with jax.default_matmul_precision("highest"):
-        program = jax.make_jaxpr(f)(init, _one_of(xs)).jaxpr
+        program = body_of(jax.make_jaxpr(f)(init, _one_of(xs)))
         _, computed = jax.vmap(f)(before, xs)
     known = jtu.tree_leaves(carries)
     new_carry, put_out = program.outvars[: len(known)], program.outvars[len(known) :]

@@ -1,7 +1,6 @@
 """`DEER`, a Diffrax solver whose one step is a window solved in parallel."""
 
 import functools as ft
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,12 +9,12 @@ import diffrax
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax._term import AdjointTerm
 from jaxtyping import Array, Float, Int, Real
 
 from ._auto import Auto
 from ._custom_types import Args, Y
 from ._discretisation import Grid, check_one_step, discretise, one_step
+from ._foreign import has_adjoint_term, running_adjoint
 from ._implicit import solve_trajectory
 from ._method import AbstractMethod, Sequential
 from ._misc import StateFlattener, describe
@@ -60,28 +59,8 @@ class DEERState(NamedTuple):
     num_newton_steps: Int[Array, ""]
 
 
-def _has_adjoint_term(terms) -> bool:
-    is_adjoint = lambda x: isinstance(x, AdjointTerm)
-    return any(is_adjoint(x) for x in jtu.tree_leaves(terms, is_leaf=is_adjoint))
-
-
-def _running_adjoint() -> diffrax.AbstractAdjoint | None:
-    """The adjoint whose loop a step is traced in. Diffrax does not tell a solver, and
-    traces a step before that loop too, for the shapes of what is saved.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        adjoint = frame.f_locals.get("self")
-        if frame.f_code.co_name == "loop" and isinstance(
-            adjoint, diffrax.AbstractAdjoint
-        ):
-            return adjoint
-        frame = frame.f_back
-    return None
-
-
 def _warn_if_sequential(method: AbstractMethod) -> None:
-    adjoint = _running_adjoint()
+    adjoint = running_adjoint()
     is_parallel = adjoint is None or getattr(adjoint, "takes_all_steps", False)
     if is_parallel or isinstance(method, Sequential):
         return
@@ -214,7 +193,7 @@ class DEER(diffrax.AbstractWrappedSolver):
                 t0 <= t1, result, diffrax.RESULTS.internal_error
             )
             return y1, y_error, dense_info, solver_state, result
-        if _has_adjoint_term(terms):
+        if has_adjoint_term(terms):
             raise ValueError(
                 "`BacksolveAdjoint` solves for the gradients of all parameters as part "
                 "of the state, far too large a state for parallel steps, and its "

@@ -1,13 +1,12 @@
 """Rules of `docs/architecture.md` and `CONTRIBUTING.md` that can be checked."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pathlib
 import re
 
-import equinox as eqx
-import jax.numpy as jnp
 import pytest
 
 import deer_ode
@@ -27,16 +26,8 @@ FACADES = ("__init__", "_discretisation.__init__", "nn.__init__")
 
 MAX_LINES = 600
 
-#: Private modules of other libraries, by the modules that rest on them. Each is a
-#: reason for care when that library moves; none is added lightly.
-PRIVATE = {
-    "_discretisation._implicit_terms": {"diffrax._term"},
-    "_discretisation._obreshkov": {"diffrax._term"},
-    "_parallel_adjoint": {"diffrax._integrate", "diffrax._misc"},
-    "_problem": {"diffrax._term"},
-    "_saving": {"diffrax._integrate"},
-    "_solver": {"diffrax._term"},
-}
+#: The only module that may name what is private to other libraries.
+FOREIGN = "_foreign"
 
 
 def test_source_files_were_found():
@@ -152,11 +143,29 @@ def test_facades_only_pass_names_on():
 def test_engine_knows_nothing_of_diffrax():
     names = [row for row in rows() if row[0].startswith("_discretisation.")]
     (first,) = (rows().index(row) for row in names)
-    engine = [name for row in rows()[:first] for name in row]
+    engine = {name for row in rows()[:first] for name in row} - {FOREIGN}
     assert "_newton" in engine and "_implicit" in engine
+    of_diffrax = names_of_diffrax()
+    assert {"LoopState", "wrap", "run_loop"} <= of_diffrax
     for name in engine:
         assert "diffrax" not in {module.split(".")[0] for module in foreign(name)}
+        for node in ast.walk(TREES[name]):
+            if isinstance(node, ast.ImportFrom) and node.module == FOREIGN:
+                assert not of_diffrax & {alias.name for alias in node.names}, name
     assert "diffrax" in foreign("_discretisation._step_map")
+
+
+def names_of_diffrax() -> set[str]:
+    """What `_foreign` has of Diffrax: what it imports, and its last sections."""
+    text = FILES[FOREIGN].read_text()
+    start = text[: text.index("# --- Diffrax")].count("\n")
+    names = set()
+    for node in TREES[FOREIGN].body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("diffrax"):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node.lineno > start:
+            names.add(node.name)
+    return names
 
 
 # --- other libraries ----------------------------------------------------------------
@@ -174,39 +183,79 @@ def foreign(name: str) -> set[str]:
     return {module for module in out if module.split(".")[0] != "deer_ode"}
 
 
-def test_no_private_jax():
-    for name, path in FILES.items():
-        assert not any(m.startswith(("jax._", "jaxlib")) for m in foreign(name)), name
-        # Not by way of attributes either.
-        assert "jax._src" not in path.read_text(), name
+#: Modules that are not private by name, but no more promised.
+UNSTABLE = (
+    "equinox.internal",
+    "jax.extend",
+    "jax.experimental.pallas",
+    "jaxlib",
+)
+
+
+def is_private(module: str) -> bool:
+    """Whether it is `package._module`, or no more promised than that."""
+    package, *parts = module.split(".")
+    return package != "__future__" and (
+        any(re.match(r"_[A-Za-z]", part) for part in parts)
+        or module.startswith(UNSTABLE)
+    )
+
+
+def test_private_modules_of_other_libraries_are_imported_in_one_place():
+    found = {name for name in FILES if any(is_private(m) for m in foreign(name))}
+    assert found == {FOREIGN}
+    assert {"diffrax._integrate", "equinox.internal", "jax.extend.core"} <= {
+        module for module in foreign(FOREIGN) if is_private(module)
+    }
     assert "jax.numpy" in foreign("_newton")
 
 
-def test_private_modules_of_other_libraries_are_known():
-    private = {}
-    for name in FILES:
-        used = {
-            ".".join(module.split(".")[:2])
-            for module in foreign(name)
-            if any(re.match(r"_[a-z]", part) for part in module.split(".")[1:])
-        }
-        if used - {"__future__"}:
-            private[name] = used
-    assert private == PRIVATE
-    for module in set().union(*PRIVATE.values()):
-        importlib.import_module(module)
+@functools.cache
+def defined_names() -> set[str]:
+    """All that the package defines: functions, classes, fields, attributes, names."""
+    out = set()
+    for tree in TREES.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                out.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                out.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                out.add(node.attr)
+    return out
 
 
-def test_errors_are_raised_where_they_were():
-    """`_programs` knows a check by the module of what raises, in the last branch."""
-    from deer_ode import _programs
+def private_attributes(name: str) -> set[str]:
+    """Private attributes, `x._name`, of what is not of the package."""
+    attributes = {
+        node.attr for node in ast.walk(TREES[name]) if isinstance(node, ast.Attribute)
+    }
+    named_tuple = {"_replace", "_asdict", "_fields", "_make"}
+    private = {a for a in attributes if re.match(r"_[A-Za-z]", a)}
+    return private - named_tuple - defined_names()
 
-    check = lambda y: eqx.error_if(y, y > 1, "too large")
-    program = _programs.Program.of(check, jnp.array(2.0))
-    assert program.has_checks
-    assert float(program(jnp.array(2.0))) == 2
-    with pytest.raises(RuntimeError, match="too large"):
-        check(jnp.array(2.0))
+
+def test_private_attributes_of_other_libraries_are_used_in_one_place():
+    assert private_attributes(FOREIGN) == {"_loop", "_getframe"}
+    for name in set(FILES) - {FOREIGN}:
+        assert not private_attributes(name), name
+        text = FILES[name].read_text()
+        for word in ("jax._src", "diffrax._", "equinox._", "equinox.internal"):
+            assert word not in text, f"{name} names `{word}`"
+
+
+def test_layouts_are_unpacked_in_one_place():
+    """The state of a controller and the parameters of a loop in a traced program."""
+    for name in set(FILES) - {FOREIGN}:
+        for node in ast.walk(TREES[name]):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+                value = ast.unparse(node.value)
+                assert not value.endswith("controller_state"), f"{name}: {value}"
+            elif isinstance(node, ast.Constant):
+                assert node.value not in (
+                    "num_consts", "num_carry", "ft_in", "body_jaxpr", "call_jaxpr",
+                    "cond_nconsts", "body_nconsts",
+                ), f"{name}: {node.value}"  # fmt: skip
 
 
 # --- classes ------------------------------------------------------------------------

@@ -1139,23 +1139,6 @@ def test_refusals():
         run("a", dt0=None)
 
 
-def test_diffrax_internals_are_where_they_were():
-    """`ParallelAdjoint` stands on these; see the bound on Diffrax in pyproject."""
-    from diffrax import _integrate
-
-    fields = set(_integrate.State.__dataclass_fields__)
-    assert fields == {
-        "y", "tprev", "tnext", "made_jump", "solver_state", "controller_state",
-        "progress_meter_state", "result", "num_steps", "num_accepted_steps",
-        "num_rejected_steps", "save_state", "dense_ts", "dense_infos",
-        "dense_save_index", "event_tprev", "event_tnext", "event_dense_info",
-        "event_values", "event_mask",
-    }  # fmt: skip
-    save_fields = list(_integrate.SaveState.__dataclass_fields__)
-    assert save_fields == ["saveat_ts_index", "ts", "ys", "save_index"]
-    assert callable(diffrax.AbstractAdjoint._loop.fget)
-
-
 def test_random_key_for_each_sample():
     """An ensemble of SDE paths: the same paths as stock Diffrax."""
 

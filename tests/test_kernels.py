@@ -345,6 +345,6 @@ def test_pallas_is_imported_in_one_place():
         for line in imports.findall(path.read_text())
     ]
     assert found == [
-        ("_kernels.py", f"import {PALLAS} as pallas"),
-        ("_kernels.py", f"import {TRITON} as triton"),
+        ("_foreign.py", f"import {PALLAS} as pallas"),
+        ("_foreign.py", f"import {TRITON} as triton"),
     ]

@@ -24,6 +24,7 @@ from ._step_map import (
     one_step as one_step,
     tracing_steps as tracing_steps,
 )
+from ._steps import Steps as Steps
 from ._symplectic import (
     BlanesMoan4 as BlanesMoan4,
     StormerVerlet as StormerVerlet,

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from diffrax._term import WrapTerm
 from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, Y
+from .._foreign import unwrap
 from .._misc import StateFlattener
 
 
@@ -121,13 +121,13 @@ def implicit_residual(terms) -> Callable[[Any, Y, Y, Args], PyTree[Array]] | Non
     """The residual of an implicit term, also where Diffrax has turned time round."""
     if isinstance(terms, AbstractImplicitTerm):
         return terms.residual
-    if isinstance(terms, WrapTerm):
-        inner = implicit_residual(terms.term)
+    if wrapped := unwrap(terms):
+        term, direction = wrapped
+        inner = implicit_residual(term)
         if inner is None:
             return None
 
         def residual(t, y, dy, args):
-            direction = terms.direction
             turned = jtu.tree_map(lambda x: x * jnp.asarray(direction, x.dtype), dy)
             return inner(t * direction, y, turned, args)
 

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import diffrax
 import equinox as eqx
 import jax
-import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._custom_types import State
-from .._programs import body_of, closed, constants_of
+from .._foreign import Literal, body_of, constants_of, run_program
 
 
 class _Request(NamedTuple):
@@ -180,8 +179,7 @@ class Draw(eqx.Module):
             return []
         # It was made sure that the state makes no difference.
         state = jnp.zeros(self._state.shape, self._state.dtype)
-        program = closed(self._jaxpr, self._consts)
-        out = jex.core.jaxpr_as_fun(program)(state, *jtu.tree_leaves(x))
+        out = run_program(self._jaxpr, self._consts, state, *jtu.tree_leaves(x))
         return jtu.tree_unflatten(self._structure, out)
 
     def use(self, terms, increments: list[PyTree[Array]]):
@@ -213,7 +211,7 @@ _NOTHING = Draw([], None, None, None, ())
 
 def _needed(jaxpr, outputs) -> tuple[list, set]:
     """The equations that `outputs` rest on, and all variables in those."""
-    variables = lambda atoms: {x for x in atoms if not isinstance(x, jex.core.Literal)}
+    variables = lambda atoms: {x for x in atoms if not isinstance(x, Literal)}
     needed = variables(outputs)
     equations = []
     for equation in reversed(jaxpr.eqns):
@@ -244,7 +242,7 @@ def record_draw(step: Callable, terms, y: State, x: PyTree[Array]) -> Draw:
     # From within a loop a value of no meaning outside gets here, as a constant.
     made = {v for equation in jaxpr.eqns for v in equation.outvars}
     is_plain = all(
-        not isinstance(v, jex.core.Literal) and v in made and not v.aval.weak_type
+        not isinstance(v, Literal) and v in made and not v.aval.weak_type
         for v in jaxpr.outvars
     )
     if not is_plain or jtu.tree_leaves(static):

@@ -14,16 +14,15 @@ from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
-import equinox.internal as eqxi
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from diffrax._term import WrapTerm, _ControlToODE
 from jaxtyping import Array, Float
 
 from .._affine import multiply
 from .._custom_types import Args, State, Trajectory, Y
+from .._foreign import has_control_derivative, nextafter, prevbefore, unwrap
 from .._misc import StateFlattener, previous_states
 from ._base import Grid
 from ._equations import (
@@ -101,15 +100,9 @@ def _is_ode(term) -> bool:
     """Whether the field of `term` is one of time and state alone."""
     if isinstance(term, diffrax.MultiTerm):
         return all(_is_ode(t) for t in term.terms)
-    if isinstance(term, WrapTerm):
-        return _is_ode(term.term)
+    if wrapped := unwrap(term):
+        return _is_ode(wrapped[0])
     return isinstance(term, diffrax.ODETerm)
-
-
-def _has_control(term) -> bool:
-    """Whether the derivative of a control is part of a field, which jumps with it."""
-    is_control = lambda x: isinstance(x, _ControlToODE)
-    return any(is_control(x) for x in jtu.tree_leaves(term, is_leaf=is_control))
 
 
 class _ObreshkovRecurrence(AbstractEquationRecurrence):
@@ -126,7 +119,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         self.num_derivatives = num_derivatives
         is_ode = _is_ode(terms)
         # A control may jump at the points of the grid, and so differ on either side.
-        self.is_shared = is_ode and not _has_control(terms)
+        self.is_shared = is_ode and not has_control_derivative(terms)
 
         def field(t, y, x):
             if is_ode:
@@ -215,7 +208,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         grid = jtu.tree_map(lambda x: jnp.where(grid.active, x, x[0]), grid)
         starts, ends = select(previous_states(y0, ys)), select(ys)
         # Inside the step, where it differs from its neighbours.
-        tprev, tnext = eqxi.nextafter(grid.tprev), eqxi.prevbefore(grid.tnext)
+        tprev, tnext = nextafter(grid.tprev), prevbefore(grid.tnext)
         return (
             jax.vmap(fn)(tprev, starts, grid),
             jax.vmap(fn)(tnext, ends, grid),

@@ -6,12 +6,12 @@ solver are differentiated once for Newton's method, and again for gradients.
 
 import math
 
-import equinox.internal as eqxi
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._affine import multiply
+from .._foreign import bounded_while_loop
 
 
 # The series is summed where the norm is at most one, so rounding is not amplified.
@@ -174,12 +174,11 @@ def phi_functions(
 
     # Stops after as many squarings as the stiffest matrix of the grid needs, and goes
     # both ways in differentiation.
-    _, expm1, phis = eqxi.while_loop(
+    _, expm1, phis = bounded_while_loop(
         lambda carry: carry[0] < squarings,
         lambda carry: (carry[0] + 1, *_double(carry[1], carry[2])),
         (jnp.zeros((), jnp.int32), expm1, tuple(phis)),
         max_steps=_MAX_SQUARINGS,
-        kind="bounded",
         base=_LOOP_BASE,
     )
     return (eye + expm1, *phis)[: order + 1]

@@ -1,0 +1,86 @@
+"""Where the conditions of an event are met on a grid that has been solved."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Bool, PyTree
+
+from ._custom_types import Mask, Trajectory, Y
+from ._discretisation import Discretised, Grid
+from ._foreign import LoopState
+from ._grid import LoopInputs
+from ._misc import always, without_gradient
+
+
+class Events(NamedTuple):
+    """In which steps the conditions of an event are met.
+
+    `values` and `masks` have the structure of the conditions.
+    """
+
+    values: PyTree[Array]
+    """The values of each condition at the ends of the steps."""
+    masks: PyTree[Bool[Array, " steps"]]
+    """Where each condition is met, and none of those before it."""
+    happened: Mask
+    """Where any condition is met."""
+
+
+def _is_met(values: Array, old: Any, direction: bool | None) -> Mask:
+    """In which steps a condition becomes true, or a number changes its sign."""
+    if values.dtype == bool:
+        return values
+    before = jnp.concatenate([jnp.asarray(old, values.dtype)[None], values[:-1]])
+    if direction is None:
+        return jnp.sign(before) != jnp.sign(values)
+    if direction:
+        return (before <= 0) & (values > 0)
+    return (before > 0) & (values <= 0)
+
+
+def find_events(inputs: LoopInputs, state: LoopState, grid: Grid, ys: Y) -> Events:
+    """`ys` are the states after each step."""
+    event, args, kwargs = inputs.event, inputs.args, inputs.condition_kwargs
+    assert event is not None
+
+    def values_and_mask(cond_fn, old, direction):
+        condition = lambda t, y: cond_fn(t, y, args, **kwargs)
+        values = jax.vmap(condition)(grid.tnext, ys)
+        return values, _is_met(values, old, direction)
+
+    pairs = jtu.tree_map(
+        values_and_mask,
+        event.cond_fn,
+        state.event_values,
+        event.direction,
+        is_leaf=callable,
+    )
+    structure = jtu.tree_structure(event.cond_fn, is_leaf=callable)
+    values, masks = jtu.tree_transpose(structure, jtu.tree_structure((0, 0)), pairs)
+    happened = jnp.zeros(grid.num_steps, bool)
+    exclusive = []
+    for mask in jtu.tree_leaves(masks):
+        mask = mask & grid.active
+        exclusive.append(mask & ~happened)
+        happened = happened | mask
+    return Events(values, jtu.tree_unflatten(structure, exclusive), happened)
+
+
+def check_conditions(
+    events: Events,
+    find: Callable[[Grid, Y], Events],
+    discretised: Discretised,
+    trajectory: Trajectory,
+) -> Events:
+    """`events`, with the checks in the conditions made as far as the solve goes."""
+    grid = discretised.grid
+    first = lambda x: jax.vmap(lambda a, x_i: jnp.where(a, x_i, x[0]))(grid.active, x)
+    ys = jtu.tree_map(first, without_gradient(discretised.states(trajectory)))
+    ended = Grid(first(grid.tprev), first(grid.tnext), grid.active)
+    again = find(ended, ys).masks
+    holds = always(trajectory)
+    masks = jtu.tree_map(lambda m, a: jnp.where(holds, m, a), events.masks, again)
+    return events._replace(masks=masks)

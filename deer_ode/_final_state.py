@@ -1,0 +1,155 @@
+"""The state in which Diffrax's loop would have ended, and statistics of the solve."""
+
+from typing import Any
+
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Int, PyTree
+
+from ._counting import is_subsaveat
+from ._custom_types import Trajectory, Y
+from ._discretisation import tracing_steps
+from ._foreign import LoopState, advance, linear_rescale
+from ._grid import LoopInputs
+from ._misc import count_true, state_at
+from ._saving import SolvedGrid, save, set_where
+from ._solver import DEERState
+from ._solving import Outcome, Solved
+
+
+def final_state(
+    inputs: LoopInputs, state: LoopState, solved: Solved, outcome: Outcome
+) -> LoopState:
+    grid = _solved_grid(state, solved, outcome)
+    num_made = count_true(grid.made())
+    tprev = _at_last(outcome.num_steps, solved.grid.tnext, state.tprev)
+    made_jump = state.made_jump
+    if not isinstance(made_jump, bool):
+        made_jump = made_jump & ~(outcome.num_steps > 0)  # no controller makes jumps
+    return LoopState(
+        y=_last_state(state, solved, outcome),
+        tprev=tprev,
+        tnext=tprev,
+        made_jump=made_jump,
+        solver_state=_solver_state(inputs, state, solved),
+        controller_state=advance(
+            inputs.stepsize_controller, state.controller_state, num_made
+        ),
+        progress_meter_state=_meter_state(inputs, state, tprev),
+        result=outcome.result,
+        num_steps=state.num_steps + num_made,
+        num_accepted_steps=state.num_accepted_steps + num_made,
+        num_rejected_steps=state.num_rejected_steps,
+        save_state=_save_all(inputs, state, grid),
+        **_dense_fields(inputs, state, solved, grid),
+        **_event_fields(state, solved, outcome),
+    )
+
+
+def _at_last(num_steps: Int[Array, ""], tree: PyTree, otherwise: PyTree) -> PyTree:
+    """What `tree` has for the last step that is made; `otherwise` where none is."""
+    last = jnp.maximum(num_steps - 1, 0)
+    return jtu.tree_map(
+        lambda x, o: jnp.where(num_steps > 0, x[last], o), tree, otherwise
+    )
+
+
+def _solved_grid(state: LoopState, solved: Solved, outcome: Outcome) -> SolvedGrid:
+    discretised, trajectory, steps = solved.discretised, solved.trajectory, solved.steps
+    return SolvedGrid(
+        solved.grid,
+        outcome.num_steps,
+        state.y,
+        discretised.states(trajectory),
+        lambda ts, index: discretised.evaluate(trajectory, steps, ts, index),
+        outcome.are_all_made,
+    )
+
+
+def _last_state(state: LoopState, solved: Solved, outcome: Outcome) -> Y:
+    recurrence = solved.discretised.recurrence
+    y0, ys = recurrence.flattener.flatten(state.y), recurrence.states(solved.trajectory)
+    return recurrence.flattener.unflatten(state_at(y0, ys, outcome.num_steps))
+
+
+def _solver_state(inputs: LoopInputs, state: LoopState, solved: Solved) -> DEERState:
+    ys = solved.discretised.recurrence.states(solved.found)
+    return DEERState(
+        lax.stop_gradient(_padded(ys, inputs.max_steps)),
+        state.solver_state.num_newton_steps + solved.solution.num_newton_steps,
+    )
+
+
+def _padded(states: Trajectory, max_steps: int | None) -> Trajectory:
+    """As many whatever is known of the steps, so that they fit the next solve."""
+    num_more = 0 if max_steps is None else max(max_steps - states.shape[0], 0)
+    return jnp.pad(states, ((0, num_more), (0, 0)), mode="edge")
+
+
+def _meter_state(inputs: LoopInputs, state: LoopState, tprev: Float[Array, ""]) -> Any:
+    if not inputs.shows_progress:
+        return state.progress_meter_state
+    times = lax.stop_gradient((inputs.t0, tprev, inputs.t1))
+    fraction = linear_rescale(*times).astype(jnp.result_type(float))
+    return inputs.progress_meter.step(state.progress_meter_state, fraction)
+
+
+def _save_all(inputs: LoopInputs, state: LoopState, grid: SolvedGrid) -> PyTree:
+    subs, structure = jtu.tree_flatten(inputs.saveat.subs, is_leaf=is_subsaveat)
+    buffers = structure.flatten_up_to(state.save_state)
+    counts = (None,) * len(subs) if inputs.known is None else inputs.known.saved
+    with tracing_steps():
+        saved = [
+            save(*each, grid, inputs.args)
+            for each in zip(subs, counts, buffers, strict=True)
+        ]
+    return jtu.tree_unflatten(structure, saved)
+
+
+def _dense_fields(
+    inputs: LoopInputs, state: LoopState, solved: Solved, grid: SolvedGrid
+) -> dict[str, Any]:
+    if not inputs.saveat.dense:
+        return dict(dense_ts=None, dense_infos=None, dense_save_index=None)
+    made = grid.made()
+    ts = jnp.asarray(state.dense_ts)
+    return dict(
+        dense_ts=set_where(ts, 1, made, solved.grid.tnext),
+        dense_infos=jtu.tree_map(
+            lambda buffer, info: set_where(buffer, 0, made, info),
+            state.dense_infos,
+            solved.steps.dense_info,
+        ),
+        dense_save_index=count_true(made),
+    )
+
+
+def _event_fields(state: LoopState, solved: Solved, outcome: Outcome) -> dict[str, Any]:
+    events = solved.events
+    of_steps = dict(
+        event_tprev=solved.grid.tprev,
+        event_tnext=solved.grid.tnext,
+        event_dense_info=solved.steps.dense_info,
+        event_values=events and events.values,
+        event_mask=events and events.masks,
+    )
+    if events is None:
+        return dict.fromkeys(of_steps)
+    before = {name: getattr(state, name) for name in of_steps}
+    return _at_last(outcome.num_steps, of_steps, before)
+
+
+def stats(solved: Solved, outcome: Outcome) -> dict[str, Any]:
+    solution = solved.solution
+    nonfinite = solution.first_nonfinite_step
+    indices = jnp.arange(solved.grid.num_steps, dtype=jnp.int32)
+    return dict(
+        path=solved.method.path(solved.discretised.recurrence),
+        **solution.stats(),
+        # Neither padding nor what comes after an event counts.
+        first_nonfinite_step=jnp.where(nonfinite < outcome.num_until, nonfinite, -1),
+        num_fallback_steps=jnp.sum(
+            solution.in_turn & (indices < outcome.num_steps), dtype=jnp.int32
+        ),
+    )
