@@ -306,7 +306,8 @@ def public_items() -> dict[str, object]:
 def test_every_public_name_is_documented():
     items = public_items()
     assert {"DEER", "Newton", "diffeqsolve", "affine_scan", "nn.RNN"} <= set(items)
-    api = (ROOT / "docs" / "api.md").read_text()
+    pages = ("api.md", "api-choices.md", "api-extension.md")
+    api = "".join((ROOT / "docs" / page).read_text() for page in pages)
     entries = re.findall(r"^::: deer_ode\.([\w.]+)$", api, flags=re.MULTILINE)
     assert sorted(entries) == sorted(items)
     for name, item in items.items():
@@ -314,6 +315,26 @@ def test_every_public_name_is_documented():
         doc = vars(item)["__doc__"] if inspect.isclass(item) else item.__doc__
         assert doc is not None and doc.strip(), name
         assert not doc.startswith(f"{name}("), name
+
+
+def test_every_member_of_a_public_abstract_class_is_documented():
+    """For those who implement it; what another library asks for it documents."""
+    num_members = 0
+    for name, cls in public_items().items():
+        if not (inspect.isclass(cls) and is_abstract(cls)):
+            continue
+        for member in getattr(cls, "__abstractvars__", ()):
+            assert f"`{member}`" in (cls.__doc__ or ""), f"{name}.{member}"
+        for member, value in vars(cls).items():
+            is_property = isinstance(value, property)
+            function = value.fget if is_property else value
+            is_public = member == "__call__" or not member.startswith("_")
+            if not is_public or not inspect.isfunction(inspect.unwrap(function)):
+                continue
+            inherited = any(hasattr(parent, member) for parent in cls.__mro__[1:])
+            assert value.__doc__ or inherited, f"{name}.{member}"
+            num_members += 1
+    assert num_members >= 30
 
 
 def test_every_argument_of_a_public_class_is_documented():

@@ -1,5 +1,7 @@
 """Recurrent layers, against loops and their equations."""
 
+import inspect
+
 import equinox as eqx
 import jax
 import jax.lax as lax
@@ -135,6 +137,18 @@ def test_rnn_learns_its_start():
 def test_rnn_needs_a_start():
     with pytest.raises(ValueError, match="give it as `RNN.cell, init.`"):
         RNN(own_function)
+
+
+def test_options_of_a_call_are_named():
+    """Where they are given to the layer, and in the signature of the call."""
+    cell = eqx.nn.GRUCell(NUM_INPUTS, 3, key=jr.key(1))
+    said = "takes `cell`, `init` and `reverse`; got `method`.*layer.xs.*method=[.]{3}"
+    with pytest.raises(TypeError, match=said):
+        RNN(cell, method=Newton())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'metod'"):
+        RNN(cell)(_inputs(), metod=Newton())
+    named = {"length", "mask", "method", "guess"}
+    assert named < set(inspect.signature(RNN(cell)).parameters)
 
 
 def test_lem_cell():
