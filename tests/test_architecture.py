@@ -351,6 +351,27 @@ def test_every_argument_of_a_public_class_is_documented():
     assert num_arguments >= 30
 
 
+def test_checklists_name_what_there_is():
+    """Modules and tables of tests, for each kind of part."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    parts = text.split("## Adding a part")[1].split("\n### ")[1:]
+    assert len(parts) == 6
+    for part in parts:
+        (modules,) = re.findall("^- Module: (.*)$", part, flags=re.MULTILINE)
+        (tables,) = re.findall("^- Table: (.*)$", part, flags=re.MULTILINE)
+        paths = re.findall(r"`(deer_ode/[\w/.]+)`", modules)
+        assert paths and all((ROOT / path).exists() for path in paths), paths
+        named = re.findall(r"`(\w+)` in `(tests/\w+\.py)`", tables)
+        assert named
+        for table, path in named:
+            place = rf"^(def )?{table}\b"
+            source = (ROOT / path).read_text()
+            assert re.search(place, source, flags=re.MULTILINE), (table, path)
+        members = re.findall(r"`(Abstract\w+)`", modules)
+        for member in members:
+            assert any(f"class {member}(" in p.read_text() for p in FILES.values())
+
+
 def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1].split("\n\n")[0]
     pages = re.findall(r": (\S+\.md)$", nav, flags=re.MULTILINE)
