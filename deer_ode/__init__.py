@@ -49,6 +49,7 @@ from ._predictor import (
     Constant as Constant,
     Trajectory as Trajectory,
 )
+from ._recurrence import AbstractRecurrence as AbstractRecurrence
 from ._scan import (
     RecurrenceSolution as RecurrenceSolution,
     scan as scan,

@@ -76,6 +76,13 @@ class AbstractRecurrence(eqx.Module):
     A step may depend on the last entries of the state before it only. Then $A_i$ has
     as many columns, and what the other entries hold of a step (the stages of a
     collocation method) belongs to that step alone.
+
+    **Fields:**
+
+    - `y0`: the state before the first step, flat and real.
+    - `eps`: the rounding unit of each entry of a state, known while tracing. (It may be
+        larger than that of the dtype of `y0`: the leaves of a state in the user's form
+        may have several dtypes.)
     """
 
     y0: eqx.AbstractVar[State]

@@ -53,7 +53,9 @@ def fence_examples(text: str) -> str:
 
 class Tidy(griffe.Extension):
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
-        attr.docstring = None
+        # A property has a docstring of its own.
+        if "property" not in attr.labels:
+            attr.docstring = None
 
     def on_class_instance(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         _fence(cls)

@@ -8,10 +8,9 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 import deer_ode
-from deer_ode.nn import (
-    Bidirectional,
+from deer_ode.nn import Bidirectional, MultiHeadGRU
+from examples.classifier import (
     Classification,
-    MultiHeadGRU,
     ResidualClassifier,
     mean_and_max,
     mean_and_std,

@@ -84,6 +84,31 @@ def tree_dot(a, b):
     )
 
 
+def quick(fn):
+    """Compiled, with less optimisation: compilation is what these tests wait for."""
+    # Not `xla_backend_optimization_level=0`, which makes wrong programs on CPUs (NaN in
+    # gradients of a classifier, with `lax.scan` as well; jaxlib 0.10.2).
+    options = {"xla_llvm_disable_expensive_passes": True}
+
+    programs = {}
+
+    def run(*args, **kwargs):
+        arrays, rest = eqx.partition((args, kwargs), eqx.is_array)
+
+        def of_arrays(arrays):
+            args, kwargs = eqx.combine(arrays, rest)
+            return fn(*args, **kwargs)
+
+        # One for all arguments that differ in the numbers of their arrays only.
+        leaves, structure = jtu.tree_flatten(rest)
+        program = programs.setdefault(
+            (structure, *leaves), jax.jit(of_arrays, compiler_options=options)
+        )
+        return program(arrays)
+
+    return run
+
+
 # --- problems -----------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from deer_ode.__main__ import _speed, main
+from deer_ode._demo._command_line import main, speed
 
 
 def _numbers(pattern: str, text: str) -> list[float]:
@@ -58,7 +58,7 @@ def test_run(tmp_path, capsys):
     ),
 )
 def test_slower_is_not_called_faster(ratio, said):
-    assert _speed(ratio) == said
+    assert speed(ratio) == said
 
 
 @pytest.mark.parametrize(

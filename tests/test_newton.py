@@ -68,9 +68,13 @@ def solve(params, y0, xs, method, f=cell):
     return solution, method.result(solution, xs.shape[0])
 
 
+#: What stands for the Jacobian.
+LINEARISATIONS = (Dense(), Diagonal())
+
+
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64))
 @pytest.mark.parametrize(
-    "linearisation", (Dense(), Diagonal()), ids=lambda x: type(x).__name__
+    "linearisation", LINEARISATIONS, ids=lambda x: type(x).__name__
 )
 def test_agrees_with_the_loop(linearisation, dtype):
     """Whatever stands for the Jacobian, the answer is the loop's."""
@@ -176,7 +180,7 @@ def test_gives_up_with_a_reason():
 
 
 @pytest.mark.parametrize(
-    "linearisation", (Dense(), Diagonal()), ids=lambda x: type(x).__name__
+    "linearisation", LINEARISATIONS, ids=lambda x: type(x).__name__
 )
 def test_gradients_are_exact_in_every_mode(linearisation):
     """Also with the diagonal only, and after a sequential finish."""

@@ -19,6 +19,10 @@ class AbstractRecurrentLayer(eqx.Module):
     """A layer that turns one sequence into another, all steps at once.
 
     For one sequence; `jax.vmap` makes it one for a batch.
+
+    **Fields:**
+
+    - `out_size`: how many numbers an output has.
     """
 
     out_size: eqx.AbstractVar[int]
@@ -55,9 +59,28 @@ class AbstractRecurrentLayer(eqx.Module):
         - `ValueError`: for both `length` and `mask`, and for shapes that do not fit.
         """
 
-    def __call__(self, xs, **kwargs):
-        """The outputs alone: `solve(xs, ...).ys`."""
-        return self.solve(xs, **kwargs).ys
+    def __call__(
+        self,
+        xs: Float[Array, "steps inputs"],
+        *,
+        length: int | Int[Array, ""] | None = None,
+        mask: Bool[Array, " steps"] | None = None,
+        method: AbstractMethod = Auto(),
+        guess: PyTree = None,
+    ) -> PyTree[Array]:
+        """The outputs alone: `solve(xs, ...).ys`, with the same arguments."""
+        return self.solve(xs, length=length, mask=mask, method=method, guess=guess).ys
+
+
+def refuse_options(name: str, taken: str, options: dict[str, Any]) -> None:
+    """Raises `TypeError` for options that a layer is not made with."""
+    if not options:
+        return
+    given = ", ".join(f"`{option}`" for option in options)
+    raise TypeError(
+        f"`{name}` takes {taken}; got {given}. How a sequence is solved is an option "
+        "of a call: `layer(xs, length=..., mask=..., method=..., guess=...)`."
+    )
 
 
 def as_mask(length, mask, num_steps: int) -> Bool[Array, " steps"] | None:

@@ -10,7 +10,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optimistix as optx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._auto import Auto
 from .._scan import RecurrenceSolution
@@ -19,6 +19,7 @@ from ._layer import (
     AbstractRecurrentLayer,
     as_mask,
     fill_padding,
+    refuse_options,
     solve_masked,
     together,
 )
@@ -53,7 +54,14 @@ class RNN(AbstractRecurrentLayer):
     reverse: bool = eqx.field(static=True)
     out_size: int = eqx.field(static=True)
 
-    def __init__(self, cell: Callable[..., Any], init=None, *, reverse: bool = False):
+    def __init__(
+        self,
+        cell: Callable[..., Any],
+        init: PyTree = None,
+        *,
+        reverse: bool = False,
+        **options: Any,
+    ):
         """**Arguments:**
 
         - `cell`: one step.
@@ -61,11 +69,15 @@ class RNN(AbstractRecurrentLayer):
             zeros, whose shapes are known of Equinox's cells, and of a cell that has a
             method `initial_state`.
         - `reverse`: whether to go from the last step to the first.
+        - `options`: none. Those of a call (`length`, `mask`, `method`, `guess`) raise
+            an error that says so.
 
         **Raises:**
 
+        - `TypeError`: for any of `options`.
         - `ValueError`: where `init` is needed and not given.
         """
+        refuse_options("RNN", "`cell`, `init` and `reverse`", options)
         self.cell = cell
         self.init = init
         self.reverse = reverse

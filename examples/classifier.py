@@ -1,4 +1,8 @@
-"""A classifier of sequences made of recurrent layers."""
+"""A classifier of sequences made of recurrent layers: the model that is trained.
+
+Recurrent layers with a residual connection around each, pooled over the steps. To be
+copied and changed.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,30 +13,15 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._auto import Auto
-from ._layer import AbstractRecurrentLayer, as_mask, fill_padding, together
+import deer_ode
+from deer_ode.nn import AbstractRecurrentLayer
 
 
 def mean_and_max(
     us: Float[Array, "steps width"], mask: Bool[Array, " steps"] | None = None
 ) -> Float[Array, " two_width"]:
-    """Mean and maximum over the steps that there are; zero where there are none.
-
-    **Arguments:**
-
-    - `us`: of shape `(steps, width)`.
-    - `mask`: which steps there are; all of them unless given.
-
-    **Returns:**
-
-    Both, one after the other, of shape `(2 * width,)`.
-
-    !!! example
-
-        >>> import jax.numpy as jnp
-        >>> from deer_ode.nn import mean_and_max
-        >>> mean_and_max(jnp.array([[1.0], [3.0]])).tolist()
-        [2.0, 3.0]
+    """Mean and maximum over the steps where `mask` is true, of shape `(2 * width,)`;
+    zero where there are none.
     """
     if mask is None:
         return jnp.concatenate([jnp.mean(us, axis=0), jnp.max(us, axis=0)])
@@ -45,27 +34,14 @@ def mean_and_max(
 def mean_and_std(
     us: Float[Array, "steps width"], mask: Bool[Array, " steps"] | None = None
 ) -> Float[Array, " two_width"]:
-    """Mean and standard deviation over the steps that there are.
+    """Mean and standard deviation over the steps where `mask` is true.
 
     Unlike a maximum they do not grow with the length of a sequence: for a model that is
     trained on pieces and used on the whole.
-
-    **Arguments:** as [`deer_ode.nn.mean_and_max`][].
-
-    **Returns:**
-
-    Both, one after the other, of shape `(2 * width,)`.
-
-    !!! example
-
-        >>> import jax.numpy as jnp
-        >>> from deer_ode.nn import mean_and_std
-        >>> [round(float(x), 3) for x in mean_and_std(jnp.array([[1.0], [3.0]]))]
-        [2.0, 1.0]
     """
     mask = jnp.ones(us.shape[0], bool) if mask is None else mask
     mean = _mean(us, mask)
-    # The root of nothing has no derivative.
+    # The square root has no derivative at zero.
     floor = jnp.finfo(us.dtype).eps
     variance = _mean((us - mean[None]) ** 2, mask)
     return jnp.concatenate([mean, jnp.sqrt(variance + floor)])
@@ -77,23 +53,20 @@ def _mean(us, mask):
 
 
 class Classification(NamedTuple):
-    """What [`deer_ode.nn.ResidualClassifier`][] says of a sequence.
-
-    **Fields:**
-
-    - `logits`: one number per class, of shape `(classes,)`.
-    - `carries`: the states of all layers: the `guess` for the next time.
-    - `stats`: as those of [`deer_ode.solve_recurrence`][], of all layers together: the
-        most Newton steps of a layer, the sum of what was finished sequentially.
-    """
+    """What `ResidualClassifier` returns for a sequence."""
 
     logits: Float[Array, " classes"]
+    """One number per class."""
     carries: PyTree[Array]
+    """The states of all layers: the `guess` of the next call."""
     stats: dict[str, Any]
+    """As those of `deer_ode.solve_recurrence`, of all layers together: the largest
+    number of Newton steps, the sum of what was finished sequentially.
+    """
 
 
 class ResidualClassifier(eqx.Module):
-    r"""A deep classifier of sequences: recurrent layers with a way around each.
+    r"""Recurrent layers with residual connections, for one sequence.
 
     With an encoder $e$ and layers $R_k$, for all steps $i$ at once,
 
@@ -106,23 +79,8 @@ class ResidualClassifier(eqx.Module):
     \end{aligned}$$
 
     where $\operatorname{GLU}$ gates one half of its input by the logistic function of
-    the other. What is pooled are the steps that are not padding. For one sequence;
-    `jax.vmap` makes it one for a batch.
-
-    !!! example
-
-        >>> import equinox as eqx, jax.numpy as jnp, jax.random as jr
-        >>> from deer_ode.nn import MultiHeadGRU, ResidualClassifier
-        >>> keys = jr.split(jr.key(0), 4)
-        >>> model = ResidualClassifier(
-        ...     eqx.nn.Linear(2, 8, key=keys[0]),
-        ...     [MultiHeadGRU(8, 4, 2, key=key) for key in keys[1:3]],
-        ...     width=8,
-        ...     num_classes=3,
-        ...     key=keys[3],
-        ... )
-        >>> model(jnp.ones((100, 2)), length=60).logits.shape
-        (3,)
+    the other. Only the steps that are not padding are pooled. `jax.vmap` makes it a
+    classifier of a batch.
     """
 
     encoder: Callable[[Array], Array]
@@ -148,13 +106,13 @@ class ResidualClassifier(eqx.Module):
     ):
         """**Arguments:**
 
-        - `encoder`: from the input of a step to `width` numbers.
+        - `encoder`: from the input of a step to `width` numbers. Padding is encoded as
+            well, from zeros, and not used.
         - `layers`: each takes `width` numbers per step; what it gives is brought back
             to `width`.
         - `width`: the size of what goes from layer to layer.
         - `num_classes`: how many numbers come out.
-        - `pool`: how the steps become one: [`deer_ode.nn.mean_and_max`][],
-            [`deer_ode.nn.mean_and_std`][], or any `(us, mask) -> vector` that gives
+        - `pool`: how the steps become one vector: any `(us, mask) -> vector` that gives
             `2 * width` numbers.
         - `dropout`: which part of a layer's outputs is left out while training, for the
             whole of a sequence.
@@ -184,7 +142,7 @@ class ResidualClassifier(eqx.Module):
         *,
         length=None,
         mask=None,
-        method=Auto(),
+        method=deer_ode.Auto(),
         guess: PyTree = None,
         key: PRNGKeyArray | None = None,
     ) -> Classification:
@@ -192,16 +150,15 @@ class ResidualClassifier(eqx.Module):
 
         - `xs`: the sequence, of shape `(steps, inputs)`.
         - `length`, `mask`, `method`, `guess`: as of
-            [`deer_ode.nn.AbstractRecurrentLayer`][]; `guess` is the `carries` of an
-            earlier call.
+            `deer_ode.nn.AbstractRecurrentLayer`; `guess` is the `carries` of an earlier
+            call.
         - `key`: random, for dropout: none unless given.
-
-        **Returns:**
-
-        A [`deer_ode.nn.Classification`][].
         """
-        mask = as_mask(length, mask, xs.shape[0])
-        us = jax.vmap(self.encoder)(fill_padding(xs, mask))
+        mask = _as_mask(length, mask, xs.shape[0])
+        if mask is not None:
+            # Padding may hold NaN, and zero times NaN would reach gradients.
+            xs = jnp.where(mask[:, None], xs, 0)
+        us = jax.vmap(self.encoder)(xs)
         solutions = []
         parts = zip(self.norms, self.layers, self.mixers, strict=True)
         for k, (norm, layer, mixer) in enumerate(parts):
@@ -212,18 +169,51 @@ class ResidualClassifier(eqx.Module):
                 guess=None if guess is None else guess[k],
             )
             solutions.append(solution)
-            outs = solution.ys
-            if key is not None and self.dropout > 0:
+            if key is not None:
                 key, now = jr.split(key)
-                kept = jr.bernoulli(now, 1 - self.dropout, (1, layer.out_size))
-                outs = jnp.where(kept, outs / (1 - self.dropout), 0)
+                outs = self._drop(solution.ys, (1, layer.out_size), now)
+            else:
+                outs = solution.ys
             us = us + jax.nn.glu(jax.vmap(mixer)(outs))
         pooled = self.pool(jax.vmap(self.last_norm)(us), mask)
-        if key is not None and self.dropout > 0:
-            kept = jr.bernoulli(key, 1 - self.dropout, pooled.shape)
-            pooled = jnp.where(kept, pooled / (1 - self.dropout), 0)
+        if key is not None:
+            pooled = self._drop(pooled, pooled.shape, key)
         return Classification(
             self.last(pooled),
             [s.carries for s in solutions],
-            together([s.stats for s in solutions]),
+            _together([s.stats for s in solutions]),
         )
+
+    def _drop(self, outs, shape, key):
+        """Dropout, by a mask of `shape`."""
+        if self.dropout == 0:
+            return outs
+        is_kept = jr.bernoulli(key, 1 - self.dropout, shape)
+        return jnp.where(is_kept, outs / (1 - self.dropout), 0)
+
+
+def _as_mask(length, mask, num_steps: int):
+    if length is not None and mask is not None:
+        raise ValueError("Give either `length` or `mask`, not both.")
+    if mask is not None and mask.shape != (num_steps,):
+        raise ValueError(
+            f"`mask` must have one entry for each of the {num_steps} steps; got shape "
+            f"{mask.shape}."
+        )
+    if length is None:
+        return mask
+    length = jnp.asarray(length)
+    return jnp.arange(num_steps, dtype=length.dtype) < length
+
+
+def _together(stats: list[dict[str, Any]]) -> dict[str, Any]:
+    """The statistics of several layers as those of one."""
+    of_layers = lambda name: [s[name] for s in stats]
+    largest = lambda name: jax.tree.reduce(jnp.maximum, of_layers(name))
+    return dict(
+        num_steps=max(of_layers("num_steps")),
+        num_good_steps=jax.tree.reduce(jnp.minimum, of_layers("num_good_steps")),
+        num_newton_steps=largest("num_newton_steps"),
+        newton_residual=largest("newton_residual"),
+        num_fallback_steps=sum(of_layers("num_fallback_steps")),
+    )

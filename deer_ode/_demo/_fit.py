@@ -1,4 +1,4 @@
-"""The demonstration behind `python -m deer_ode`: two bodies fitted to observations.
+"""The fit: two bodies fitted to observations, and how it compares with stock Diffrax.
 
 Wanted are the masses, the separation and velocity at the start, and the law of
 friction, for which nothing is assumed: a neural network stands in its place. All are
@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from ._integrate import diffeqsolve
-from ._newton import Newton
-from ._predictor import Coarse, Trajectory
-from ._solver import DEER
-from ._two_body import (
+from .._integrate import diffeqsolve
+from .._newton import Newton
+from .._predictor import Coarse, Trajectory
+from .._solver import DEER
+from ._system import (
     NOISE,
     PARAMETERS,
     TERM,
@@ -31,9 +30,7 @@ from ._two_body import (
     Problem,
     first_model,
     integrate,
-    loss_of_truth,
     see,
-    true_system,
 )
 
 
@@ -305,62 +302,3 @@ def residual_history(
             history.append(float(residual(ys)))
         histories[name] = history
     return histories
-
-
-def plot(
-    path: str, task: Task, training: Training, histories: dict[str, list[float]]
-) -> None:
-    """Writes the picture: orbits, loss, and Newton's method at work."""
-    problem = task.problem
-    figure = Figure(figsize=(13.5, 4.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-
-    data = np.asarray(problem.positions)
-    before = np.asarray(see(task.model(task.first), training.first_states))
-    fitted = np.asarray(see(task.model(training.parameters), training.states))
-    true = np.asarray(see(true_system(), problem.truth))
-    # All of it, and from nearby the far end of the lighter body's orbit.
-    close = left.inset_axes((0.6, 0.7, 0.4, 0.3))
-    for axes in (left, close):
-        size = 1.5 if axes is left else 2.5
-        for body, colour in enumerate(("tab:blue", "tab:orange")):
-            axes.plot(*data[body].T, ".", color=colour, markersize=size, alpha=0.4)
-            axes.plot(*before[body].T, color="0.6", linewidth=0.8)
-            axes.plot(*true[body].T, color="black", linewidth=1.0)
-            axes.plot(*fitted[body].T, "--", color="white", linewidth=1.0)
-    end = true[1, 0]
-    close.set(
-        xlim=(end[0] - 0.12, end[0] + 0.04),
-        ylim=(end[1] - 0.06, end[1] + 0.06),
-        xticks=[],
-        yticks=[],
-        facecolor="0.85",
-    )
-    left.indicate_inset_zoom(close, edgecolor="black")
-    names = ["data", "before the fit", "truth", "fit"]
-    legend = left.legend(
-        close.get_lines()[:4], names, loc="upper left", fontsize=8, facecolor="0.85"
-    )
-    legend.get_lines()[0].set(markersize=6, alpha=1)
-    left.set(title="Two bodies", xlabel="x", ylabel="y", aspect="equal")
-    # Room for the inset.
-    left.set_ylim(top=left.get_ylim()[0] + np.diff(left.get_xlim()).item())
-
-    middle.loglog(np.arange(1, len(training.losses) + 1), training.losses)
-    noise = loss_of_truth(problem)
-    middle.axhline(noise, color="black", linewidth=0.8, linestyle=":", label="noise")
-    middle.legend(fontsize=8)
-    middle.set(title="Training", xlabel="gradient step", ylabel="loss")
-
-    for name, history in histories.items():
-        right.semilogy(history, ".-", label=name)
-    right.set(
-        title=f"One solve of {problem.grid.shape[0] - 1:,} steps",
-        xlabel="Newton step",
-        ylabel="largest residual of any step",
-    )
-    right.legend(title="guess", fontsize=8)
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100, format="png")
