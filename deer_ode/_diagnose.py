@@ -308,6 +308,7 @@ def _report(problem: Problem, run: _Run) -> Diagnosis:
         ),
         first_nonfinite=first_nonfinite,
         recommendation="",
+        plan=problem.plan,
         unit=problem.unit,
     )
     newton = problem.newton

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
+from ._plan import Plan
+
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,6 +84,8 @@ class Diagnosis:
     - `first_nonfinite`: the index of the first step whose value, computed one after
         the other, is not finite; or `None`.
     - `recommendation`: what to do about it.
+    - `plan`: how the method that was given would solve it on this machine: its path,
+        windows and memory.
     - `unit`: what `times` count, `"time"` or `"step"`.
     """
 
@@ -99,6 +103,7 @@ class Diagnosis:
     predicted_iterations: int | None
     first_nonfinite: int | None
     recommendation: str
+    plan: Plan
     unit: str
 
     def __str__(self):

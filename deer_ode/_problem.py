@@ -27,6 +27,7 @@ from ._integrate import diffeqsolve
 from ._method import AbstractMethod
 from ._misc import StateFlattener
 from ._newton import Newton
+from ._plan import Plan, default_platform
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import AbstractRecurrence
 from ._scan import make_recurrence, scan, solve_recurrence
@@ -38,6 +39,9 @@ class Problem(NamedTuple):
 
     recurrence: AbstractRecurrence
     newton: Newton
+    """The method without windows and damping: the iteration as it is."""
+    plan: Plan
+    """How the method that was given would go about it."""
     points: np.ndarray
     """Where each step starts, and where the last one ends."""
     unit: str
@@ -144,7 +148,8 @@ def _differential_equation(arguments: dict) -> Problem:
         ys = arguments["solver_state"].ys
         if ys.shape[0] > 0:
             guess = Trajectory(jax.vmap(StateFlattener(y0).unflatten)(ys))
-    return Problem(recurrence, _plain(solver.method, guess), points, "time")
+    plan = solver.method.plan(recurrence, default_platform())
+    return Problem(recurrence, _plain(solver.method, guess), plan, points, "time")
 
 
 def _recurrence(arguments: dict) -> Problem:
@@ -170,7 +175,9 @@ def _recurrence(arguments: dict) -> Problem:
         points = num_steps - 1 - points
         xs, guess = flip(xs), flip(guess) if isinstance(guess, Trajectory) else guess
     recurrence = make_recurrence(f, init, xs, num_steps)
-    return Problem(recurrence, _plain(arguments["method"], guess), points, "step")
+    method = arguments["method"]
+    plan = method.plan(recurrence, default_platform())
+    return Problem(recurrence, _plain(method, guess), plan, points, "step")
 
 
 def find_problem(solve, args, kwargs) -> Problem:

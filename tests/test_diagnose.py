@@ -577,3 +577,12 @@ def test_traced():
 
     with pytest.raises(ValueError, match="`init` is traced: call it outside"):
         inside(ONE)
+
+
+def test_the_plan_of_the_method_that_was_given():
+    """Which is looked at plainly, and yet goes about it in its own way."""
+    step = lambda y, x: (jnp.cos(y) + x, None)
+    arguments = (scan, step, jnp.array(0.1), jnp.zeros(50))
+    assert diagnose(*arguments).plan.path == "sequential"
+    plan = diagnose(*arguments, method=Newton(window=Window(16))).plan
+    assert plan.path == "newton" and plan.window == 16
