@@ -59,15 +59,7 @@ class AbstractRecurrentLayer(eqx.Module):
         - `ValueError`: for both `length` and `mask`, and for shapes that do not fit.
         """
 
-    def __call__(
-        self,
-        xs: Float[Array, "steps inputs"],
-        *,
-        length: int | Int[Array, ""] | None = None,
-        mask: Bool[Array, " steps"] | None = None,
-        method: AbstractMethod = Auto(),
-        guess: PyTree = None,
-    ) -> PyTree[Array]:
+    def __call__(self, xs, *, length=None, mask=None, method=Auto(), guess=None):
         """The outputs alone: `solve(xs, ...).ys`, with the same arguments."""
         return self.solve(xs, length=length, mask=mask, method=method, guess=guess).ys
 
