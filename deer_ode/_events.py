@@ -29,7 +29,7 @@ class Events(NamedTuple):
     """Where any condition is met."""
 
 
-def _is_met(values: Array, old: Any, direction: bool | None) -> Mask:
+def _is_met(values: Array, old: Any, direction: Any) -> Mask:
     """In which steps a condition becomes true, or a number changes its sign."""
     if values.dtype == bool:
         return values

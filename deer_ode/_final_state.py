@@ -81,7 +81,9 @@ def _solver_state(inputs: LoopInputs, state: LoopState, solved: Solved) -> DEERS
     )
 
 
-def _padded(states: Trajectory, max_steps: int | None) -> Trajectory:
+def _padded(
+    states: Trajectory, max_steps: int | None
+) -> Float[Array, "max_steps state"]:
     """As many whatever is known of the steps, so that they fit the next solve."""
     num_more = 0 if max_steps is None else max(max_steps - states.shape[0], 0)
     return jnp.pad(states, ((0, num_more), (0, 0)), mode="edge")

@@ -338,7 +338,7 @@ def test_a_jax_without_pallas_and_without_a_gpu(monkeypatch):
 
 def test_pallas_is_imported_in_one_place():
     package = pathlib.Path(_kernels.__file__).parent
-    imports = re.compile(r"^ *(?:import|from) .*\bpallas\b.*$", re.MULTILINE)
+    imports = re.compile(rf"^ *(?:import|from) {PALLAS}\b.*$", re.MULTILINE)
     found = [
         (path.name, line.strip())
         for path in package.rglob("*.py")
