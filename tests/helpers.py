@@ -120,7 +120,7 @@ def tanh_network(num_steps, size=3, gain=1.0, seed=0):
 def pretend_accelerator(monkeypatch):
     """Programs for any platform are traced, as where there is one."""
     explicit_rk = "_discretisation._explicit_rk"
-    for module in ("_misc", "_auto", "_newton", "_scan", explicit_rk):
+    for module in ("_misc", "_auto", "_newton", "_scan", "_affine._scans", explicit_rk):
         monkeypatch.setattr(f"deer_ode.{module}.has_accelerator", lambda: True)
 
 

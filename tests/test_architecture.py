@@ -23,7 +23,7 @@ FILES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 #: Modules that only pass names on.
-FACADES = ("__init__", "_discretisation.__init__", "nn.__init__")
+FACADES = ("__init__", "_affine.__init__", "_discretisation.__init__", "nn.__init__")
 
 MAX_LINES = 600
 
@@ -195,6 +195,30 @@ def test_private_modules_of_other_libraries_are_known():
     assert private == PRIVATE
     for module in set().union(*PRIVATE.values()):
         importlib.import_module(module)
+
+
+def asks_for_the_kind(node: ast.AST, kinds: set[str]) -> bool:
+    """`isinstance(x, Kind)`; or `A.ndim`, which told diagonals from matrices."""
+    names = lambda node: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id == "isinstance" and bool(names(node.args[1]) & kinds)
+    is_ndim = isinstance(node, ast.Attribute) and node.attr == "ndim"
+    return is_ndim and bool(names(node) & {"A", "A_i"})
+
+
+def test_only_transitions_know_their_kind():
+    kinds = {
+        node.name
+        for node in TREES["_affine._transitions"].body
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {"DenseTransition", "TrailingTransition"} <= kinds
+    example = ast.parse("isinstance(A, DenseTransition)", mode="eval").body
+    assert asks_for_the_kind(example, kinds)
+    # Of `phi_functions` the argument is any matrix.
+    for name in set(TREES) - {"_affine._transitions", "_discretisation._phi"}:
+        for node in ast.walk(TREES[name]):
+            assert not asks_for_the_kind(node, kinds), f"{name}, line {node.lineno}"
 
 
 def test_errors_are_raised_where_they_were():
