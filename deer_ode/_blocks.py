@@ -1,4 +1,4 @@
-"""Block-diagonal matrices: entries of a state that move in groups of their own."""
+"""Which entries of a state make a block: those that depend on each other only."""
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -63,32 +63,6 @@ def strided(size: int, num_blocks: int) -> Int[np.ndarray, "size blocks"]:
 def contiguous(size: int, num_blocks: int) -> Int[np.ndarray, "size blocks"]:
     """Block by block."""
     return np.arange(size * num_blocks, dtype=np.int32).reshape(num_blocks, size).T
-
-
-class Blocks(eqx.Module):
-    """A block-diagonal matrix, or a stack of them, without its zeros."""
-
-    entries: Float[Array, "*batch size size blocks"]
-    """Row and column within a block, then the block."""
-    order: BlockOrder | None
-    """`None` where states are split into blocks already."""
-
-    def apply(self, y: Array) -> Array:
-        if self.order is not None:
-            return self.order.join(self.split().apply(self.order.split(y)))
-        return jnp.sum(self.entries * y[..., None, :, :], axis=-2)
-
-    def split(self) -> "Blocks":
-        """The same matrix, for states that are split."""
-        return Blocks(self.entries, None)
-
-    def multiply(self, other: "Blocks") -> "Blocks":
-        products = self.entries[..., :, :, None, :] * other.entries[..., None, :, :, :]
-        return Blocks(jnp.sum(products, axis=-3), self.order)
-
-    @property
-    def transpose(self) -> "Blocks":
-        return Blocks(jnp.swapaxes(self.entries, -2, -3), self.order)
 
 
 def connected(dependence: Bool[np.ndarray, "state state"]) -> tuple[int, ...]:

@@ -4,8 +4,6 @@ from typing import Any, TypeAlias
 
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ._blocks import Blocks
-
 
 Y: TypeAlias = PyTree[Any]
 """A state, as Diffrax's `y0`: any pytree of floating or complex arrays."""
@@ -17,13 +15,6 @@ State: TypeAlias = Float[Array, " state"]
 
 Trajectory: TypeAlias = Float[Array, "steps state"]
 """States after each step, the initial one excluded."""
-
-Propagators: TypeAlias = (
-    Float[Array, "*batch rows columns"] | Float[Array, "*batch state"] | Blocks
-)
-"""Transition matrices: dense (with fewer columns than rows where only the last entries
-of a state pass on), by their diagonals, or by their diagonal blocks.
-"""
 
 Mask: TypeAlias = Bool[Array, " steps"]
 

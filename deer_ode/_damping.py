@@ -20,12 +20,17 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int
 
-from ._affine import apply, from_tail, is_rectangular, multiply, scan_steps, shift
-from ._blocks import Blocks
-from ._custom_types import Propagators, Trajectory
+from ._affine import (
+    AbstractTransition,
+    DenseTransition,
+    matmul,
+    matvec,
+    scan_steps,
+    shift,
+)
+from ._custom_types import Trajectory
 from ._misc import ROUNDING_UNITS
 from ._plan import by_platform
 
@@ -56,7 +61,7 @@ class AbstractDamping(eqx.Module):
     @abc.abstractmethod
     def __call__(
         self,
-        A: Propagators,
+        A: AbstractTransition,
         residual: Trajectory,
         full: Trajectory,
         residual_at: Callable[[Trajectory], Trajectory],
@@ -113,8 +118,7 @@ class Scaled(AbstractDamping):
 
     def __call__(self, A, residual, full, residual_at, size, damping, num_good):
         del full, residual_at, size, num_good
-        scaled = jtu.tree_map(lambda a: jnp.asarray(self.factor, a.dtype) * a, A)
-        return Correction(scan_steps(scaled, residual), damping)
+        return Correction(scan_steps(A.scaled(self.factor), residual), damping)
 
 
 Scaled.__init__.__doc__ = r"""**Arguments:**
@@ -190,41 +194,30 @@ def _merit(residual: Trajectory, size: Float[Array, "1 state"]) -> Float[Array, 
     return jnp.sum((residual / size) ** 2)
 
 
-def _linear_residual(A: Propagators, residual, delta):
-    return apply(A, shift(delta)) + residual - delta
+def _linear_residual(A: AbstractTransition, residual, delta):
+    return A.apply(shift(delta)) + residual - delta
 
 
 def smooth(
-    A: Propagators,
+    A: AbstractTransition,
     residual: Trajectory,
     lam: Float[Array, ""],
     size: Float[Array, "1 state"],
 ) -> Trajectory:
     """The damped correction for one value of `lam`."""
-    if is_rectangular(A, residual):
-        # Only the last entries are damped; the others follow from those.
-        tail_size = size[:, -A.shape[-1] :]
-        return from_tail(lambda A, r, **_: smooth(A, r, lam, tail_size), A, residual)
-    if isinstance(A, Blocks):
-        order = A.order
-        assert order is not None
-        # Blocks beside each other, as matrices of their own.
-        split = lambda x: jnp.moveaxis(order.split(x), -1, 1)
-        matrices = jnp.moveaxis(A.entries, -1, 1)
-        # What fills up a block is measured by any unit but zero.
-        sizes = split(size)
-        sizes = jnp.where(sizes > 0, sizes, 1)
-        delta = _smooth_dense(matrices, split(residual), lam, sizes)
-        return order.join(jnp.moveaxis(delta, 1, -1))
-    if A.ndim == residual.ndim:
-        column = lambda x: x[..., None]
-        delta = _smooth_dense(A[..., None, None], column(residual), lam, column(size))
-        return delta[..., 0]
-    return _smooth_dense(A, residual, lam, size)
+
+    def smooth_core(core, b, y0, reverse):
+        del y0, reverse  # from zero, and forwards
+        each = jax.vmap(ft.partial(_smooth_dense, lam=lam), in_axes=-1, out_axes=-1)
+        return core.from_lanes(each(core.lanes, core.to_lanes(b)))
+
+    # In units of each entry.
+    delta = A.rescaled(size).solve(smooth_core, residual / size, None, False)
+    return delta * size
 
 
 def _product(*factors):
-    return ft.reduce(multiply, factors)
+    return ft.reduce(matmul, factors)
 
 
 def _inverse(M):
@@ -252,31 +245,23 @@ def _transposed(M):
     return jnp.swapaxes(M, -1, -2)
 
 
-def _smooth_dense(A, r, lam, size):
-    """For matrices `(steps, *batch, n, n)` and vectors `(steps, *batch, n)`."""
-    A = A * size[..., None, :] / size[..., :, None]
-    r = r / size
+def _smooth_dense(A, r, lam):
+    """For matrices `(steps, n, n)` and vectors `(steps, n)`."""
     eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
     # The first state is known.
     P = _covariances(A, lam)
     predicted = (_product(A, shift(P), _transposed(A)) + eye).at[0].set(0)
     gain = _inverse(eye + lam * predicted)
-    mean = scan_dense(_product(gain, A), apply(gain, r))
+    mean = _scan(_product(gain, A), matvec(gain, r))
     A_next, r_next = shift(A, reverse=True), shift(r, reverse=True)
     predicted_next = jnp.concatenate([predicted[1:], eye[:1]])
     G = _product(P, _transposed(A_next), _inverse(predicted_next))
-    inputs = mean - apply(G, apply(A_next, mean) + r_next)
-    return scan_dense(G, inputs, reverse=True) * size
+    inputs = mean - matvec(G, matvec(A_next, mean) + r_next)
+    return _scan(G, inputs, reverse=True)
 
 
-def scan_dense(A, b, reverse: bool = False):
-    """`scan_steps` for any number of systems side by side."""
-    if b.ndim > 2:
-        # The innermost batch axis becomes the last one, and is mapped over.
-        return jax.vmap(lambda A, b: scan_dense(A, b, reverse), in_axes=1, out_axes=1)(
-            A, b
-        )
-    return scan_steps(A, b, reverse=reverse)
+def _scan(A, b, reverse: bool = False):
+    return scan_steps(DenseTransition(A), b, reverse=reverse)
 
 
 def covariances_in_turn(A, lam):

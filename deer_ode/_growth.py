@@ -14,18 +14,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._affine import apply
-from ._blocks import Blocks
-from ._custom_types import Propagators
 from ._linearisation import AbstractLinearisation
 from ._recurrence import AbstractRecurrence
-
-
-def _num_passed_on(A: Propagators, state_size: int) -> int:
-    """How many entries of a state, its last, the next one depends on."""
-    if isinstance(A, Blocks) or A.ndim == 2:
-        return state_size
-    return A.shape[-1]
 
 
 def _normalised(v, otherwise):
@@ -50,17 +40,14 @@ def log_growth(
     nothing need be thrown away as a transient.
     """
     A = recurrence.linearise(ys, linearisation).A
-    state_size = ys.shape[1]
-    passed_on = _num_passed_on(A, state_size)
-    mask = jnp.arange(state_size) >= state_size - passed_on
-    anyhow = jnp.where(mask, jr.normal(jr.key(0), (state_size,), ys.dtype), 0)
+    anyhow = A.passed_on(jr.normal(jr.key(0), ys.shape[1:], ys.dtype))
     anyhow = anyhow / jnp.linalg.norm(anyhow)
 
     def forwards(v, A_i):
-        return _normalised(jnp.where(mask, apply(A_i, v), 0), anyhow)
+        return _normalised(A_i.passed_on(A_i.apply(v)), anyhow)
 
     def backwards(v, A_i):
-        (v,) = jax.linear_transpose(lambda v: apply(A_i, v), v)(v)
+        (v,) = jax.linear_transpose(A_i.apply, v)(v)
         return _normalised(v, anyhow)
 
     start, _ = lax.scan(backwards, anyhow, A, reverse=True)

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._blocks import (
-    BlockOrder,
-    Blocks,
-    contiguous,
-    find_blocks,
-    have_blocks,
-    strided,
+from ._affine import (
+    AbstractTransition,
+    BlockTransition,
+    DenseTransition,
+    DiagonalTransition,
 )
-from ._custom_types import Propagators, State
+from ._blocks import BlockOrder, contiguous, find_blocks, have_blocks, strided
+from ._custom_types import State
 
 
 Groups: TypeAlias = Callable[[], tuple[int, ...] | None]
@@ -53,7 +52,7 @@ class AbstractLinearisation(eqx.Module):
     @abc.abstractmethod
     def __call__(
         self, step: Callable[[State], Any], y: State, has_aux: bool = False
-    ) -> tuple[Any, Propagators]:
+    ) -> tuple[Any, AbstractTransition]:
         """The value of `step` at `y`, and its (approximate) Jacobian there.
 
         With `has_aux` the value is a pair, of which the first is differentiated.
@@ -96,11 +95,11 @@ class Dense(AbstractLinearisation):
             return value[0] if has_aux else value, value
 
         A, value = jax.jacfwd(with_value, has_aux=True)(y)
-        return value, A
+        return value, DenseTransition(A)
 
     def num_bytes(self, num_steps: int, state_size: int, dtype: np.dtype) -> int:
         """Memory that the Jacobians of all steps take."""
-        return num_steps * state_size**2 * np.dtype(dtype).itemsize
+        return num_steps * DenseTransition.bytes_per_step(state_size, dtype)
 
     def fits(self, num_steps, state_size, dtype):
         return self.num_bytes(num_steps, state_size, dtype) <= self.max_bytes
@@ -163,7 +162,8 @@ class Blockwise(AbstractLinearisation):
         # The last column stands for padding.
         np.put_along_axis(basis, entries, 1, axis=1)
         columns = jax.vmap(pushforward)(jnp.asarray(basis[:, :-1]))
-        return value, Blocks(jnp.swapaxes(self.order.split(columns), 0, 1), self.order)
+        entries = jnp.swapaxes(self.order.split(columns), 0, 1)
+        return value, BlockTransition(entries, self.order)
 
 
 def _has_blocks(groups: Groups, order: BlockOrder) -> bool:
@@ -235,8 +235,8 @@ class Diagonal(AbstractLinearisation):
     def __call__(self, step, y, has_aux=False):
         value, pushforward = _linearize(step, y, has_aux)
         basis = jnp.eye(y.shape[0], dtype=y.dtype)
-        A = jax.vmap(lambda e: jnp.sum(pushforward(e) * e))(basis)
-        return value, A
+        diagonal = jax.vmap(lambda e: jnp.sum(pushforward(e) * e))(basis)
+        return value, DiagonalTransition(diagonal)
 
 
 class PairedDiagonal(AbstractLinearisation):
@@ -275,7 +275,7 @@ class PairedDiagonal(AbstractLinearisation):
         kept = jax.vmap(jax.vmap(own_entries), in_axes=(0, None))(
             basis, jnp.arange(half)
         )
-        return value, Blocks(jnp.transpose(kept, (2, 0, 1)), order)
+        return value, BlockTransition(jnp.transpose(kept, (2, 0, 1)), order)
 
 
 class Exact(AbstractLinearisation):

@@ -27,16 +27,15 @@ _SHORT = 64
 # since the work of the scan grows with its cube (Lim et al. 2024, figure 2).
 _LARGE = 64
 
-# CPU: the whole interval up to so many steps, else windows. Over 1,024 steps or fewer
-# windows took up to 2.4 times as long as the whole interval at once; windows longer
-# than 256 were as fast on easy problems, and slower on hard ones (2 cores, JAX 0.10).
-# Both an interval and a window would double the time of compilation.
-_CPU_WHOLE = 1024
-_CPU_WINDOW = 256
+# The window. Of Lorenz and Kepler windows of 64, 256 and 1,024 steps took 2.7, 3.0 and
+# 3.3, and 1.3, 1.3 and 1.4 updates per step (JAX 0.10); of Lorenz by Heun over 6,000
+# steps, after the whole interval, 256 leave no sequential step and 1,024 leave 3,307.
+_WINDOW = 256
 
-# Accelerators: the window after the whole interval. Reasoned, not measured: long enough
-# to fill the device, and within the horizon of most chaotic problems.
-_ACCELERATOR_WINDOW = 1024
+# CPU: up to so many steps the whole interval is the window. Over 1,024 steps or fewer
+# windows took up to 2.4 times as long (2 cores, JAX 0.10). For more steps the whole
+# interval is not tried: it would double the time of compilation.
+_CPU_WHOLE = 1024
 
 # CPU: solves of at least so many steps are solved one after the other under `vmap`, as
 # each of them can use both cores. Reasoned, not measured.
@@ -155,8 +154,7 @@ def plan_newton(
     is_default = window == "default"
     if window == "default":
         is_short = platform == "cpu" and total <= _CPU_WHOLE
-        length = _CPU_WINDOW if platform == "cpu" else _ACCELERATOR_WINDOW
-        length = total if is_short else min(length, total)
+        length = total if is_short else min(_WINDOW, total)
     else:
         length = total if window is None else min(window, total)
     if chunk is None:

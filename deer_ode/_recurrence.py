@@ -13,9 +13,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._affine import absolute, apply
+from ._affine import AbstractTransition
 from ._blocks import connected
-from ._custom_types import Mask, Propagators, State, Trajectory
+from ._custom_types import Mask, State, Trajectory
 from ._dependence import dependence
 from ._failure import NOT_CONVERGED, NOT_FINITE
 from ._linearisation import AbstractLinearisation
@@ -36,7 +36,7 @@ class Linearised(NamedTuple):
 
     residual: Trajectory
     """$r_i$: how far each state is from what its step makes of the one before it."""
-    A: Propagators
+    A: AbstractTransition
     defect: Trajectory
     """What has to vanish, in the units in which it is computed. Where a step is a map
     it is the residual; where it is an equation, what that equation leaves.
@@ -73,8 +73,8 @@ class AbstractRecurrence(eqx.Module):
     must be a leaf of this pytree: derivatives of the solution are taken with respect
     to those leaves.
 
-    A step may depend on the last entries of the state before it only. Then $A_i$ has
-    as many columns, and what the other entries hold of a step (the stages of a
+    A step may depend on the last entries of the state before it only
+    (`TrailingTransition`). Then what the other entries hold of a step (the stages of a
     collocation method) belongs to that step alone.
 
     **Fields:**
@@ -168,7 +168,7 @@ class AbstractRecurrence(eqx.Module):
     @abc.abstractmethod
     def linear_response(
         self, ys: Trajectory, tangent: Any, linearisation: AbstractLinearisation
-    ) -> tuple[Propagators, Trajectory]:
+    ) -> tuple[AbstractTransition, Trajectory]:
         r"""How a solution `ys` answers a change of the leaves of this recurrence.
 
         Returns $A_i$ and $b_i$ of $\dot y_i = A_i \dot y_{i-1} + b_i$, where $b_i$ is
@@ -290,7 +290,7 @@ class AbstractMapRecurrence(AbstractRecurrence):
 
     def jacobians(
         self, ys: Trajectory, linearisation: AbstractLinearisation
-    ) -> tuple[Trajectory, Propagators]:
+    ) -> tuple[Trajectory, AbstractTransition]:
         r"""$f(y_{i-1}, x_i)$ and its Jacobian for all steps at once."""
 
         def linearise_step(y, x):
@@ -307,10 +307,10 @@ class AbstractMapRecurrence(AbstractRecurrence):
     def _linearised(self, ys, values, A, sizes) -> Linearised:
         """`sizes` is how large the entries are by which a step rounds its value."""
         # Any finite matrix will do where there is no derivative.
-        A = jtu.tree_map(lambda a: jnp.where(jnp.isfinite(a), a, 0), A)
+        A = A.where_finite()
         residual = values - ys
         before = jnp.abs(previous_states(self.y0, ys))
-        scale = sizes + apply(absolute(A), before)
+        scale = sizes + A.abs().apply(before)
         rounding = scale * arbitrary_signs(scale)
         return Linearised(residual, A, residual, scale, scale, rounding)
 
@@ -320,7 +320,7 @@ class AbstractMapRecurrence(AbstractRecurrence):
         )
         _, A = self.jacobians(ys, linearisation)
         # There is nothing for the first one to multiply, even if it is not finite.
-        return jtu.tree_map(lambda a: a.at[0].set(0), A), t_values
+        return A.zero_first(), t_values
 
 
 class Recurrence(AbstractMapRecurrence):

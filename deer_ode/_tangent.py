@@ -10,9 +10,8 @@ those of one window, and the windows follow one another.
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 
-from ._affine import apply, scan_steps, scan_steps_transposed, shift
+from ._affine import scan_steps, scan_steps_transposed, shift
 from ._custom_types import Trajectory
 from ._linearisation import AbstractLinearisation
 from ._misc import state_at
@@ -46,9 +45,7 @@ def tangent_in_windows(
         # padding must not reach the steps when this is run backwards.
         steps = start + jnp.arange(length, dtype=jnp.int32)
         counts = (steps > 0) & (steps < num_steps)
-        return jtu.tree_map(
-            lambda a: jnp.where(counts.reshape(-1, *(1,) * (a.ndim - 1)), a, 0), A
-        )
+        return A.masked(counts)
 
     # Needed in four places, and traced once for all.
     jacobians = eqx.filter_closure_convert(jacobians, starts[0])
@@ -73,7 +70,7 @@ def tangent_in_windows(
 
         def window(_, inputs):
             start, before = inputs
-            return None, apply(jacobians(start), before)
+            return None, jacobians(start).apply(before)
 
         before = jnp.pad(shift(t_ys), padding).reshape(num_windows, length, state_size)
         _, out = lax.scan(window, None, (starts, before))

@@ -40,8 +40,8 @@ def as_window(window: Any) -> Any:
 
 Window.__init__.__doc__ = """**Arguments:**
 
-- `length`: how many steps a window spans. By default, on a CPU, all steps up to 1,024
-    and 256 if there are more; on accelerators the whole interval first, and 1,024 for
-    what does not converge there. Where several steps are taken as one (`chunk` of
+- `length`: how many steps a window spans. By default 256: on accelerators for what does
+    not converge over the whole interval, which is tried first; on a CPU for more than
+    1,024 steps, while fewer are one window. Where several steps are taken as one (`chunk` of
     [`Newton`][deer_ode.Newton]) it is as many of these as fit into the length.
 """

@@ -4,6 +4,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -11,17 +12,23 @@ from jax.test_util import check_grads
 
 from deer_ode import affine_scan
 from deer_ode._affine import (
-    apply,
-    kernel_scan,
-    parallel_scan,
-    parallel_scan_transposed,
-    sequential_scan,
-    sequential_scan_transposed,
-    with_first,
+    BlockTransition,
+    affine_solve,
+    scan_steps,
+    scan_steps_transposed,
+    transition_of,
 )
-from deer_ode._blocks import Blocks
+from deer_ode._affine._scans import (
+    AssociativeScan,
+    KernelScan,
+    PlatformScan,
+    SequentialScan,
+    choose_scan,
+)
+from deer_ode._affine._transitions import LaneTransition
+from deer_ode._blocks import BlockOrder, contiguous
 
-from .helpers import assert_close, rounding, unchecked
+from .helpers import assert_close, pretend_accelerator, rounding, unchecked
 
 
 def reference(A, b, y0, reverse=False):
@@ -55,24 +62,95 @@ def test_agrees_with_the_loop(size, dtype, reverse, dense):
     A, b, y0 = elements(jr.key(size), 50, size, dense, dtype)
     expected = reference(A, b, y0, reverse)
     assert_close(affine_scan(A, b, y0, reverse=reverse), expected, rounding(dtype))
-    first = -1 if reverse else 0
-    b = b.at[first].add(apply(A[first], y0))
-    for scan in (sequential_scan, parallel_scan):
-        actual = jax.jit(scan, static_argnums=2)(A, b, reverse)
-        assert_close(actual, expected, rounding(dtype), what=scan.__name__)
+    for by in SCANS:
+        scan = jax.jit(lambda A, b, y0, by=by: by.scan(A, b, y0, reverse))
+        actual = scan(transition_of(A), b, y0)
+        assert_close(actual, expected, rounding(dtype), what=str(by))
 
 
-KINDS = ("dense", "diagonal", "blocks")
+SCANS = (SequentialScan(), AssociativeScan())
+
+# What scans run over.
+CORES = ("dense", "diagonal", "lanes")
+
+KINDS = ("dense", "diagonal", "blocks", "trailing")
 
 
 def stack_of(kind, num_steps, dtype=jnp.float64):
     """Matrices and biases of five numbers, or of twelve: four blocks of three."""
-    size = 12 if kind == "blocks" else 5
-    A, b, _ = elements(jr.key(num_steps), num_steps, size, kind == "dense", dtype)
+    size = 12 if kind in ("lanes", "blocks") else 5
+    A, b, _ = elements(jr.key(num_steps), num_steps, size, kind != "diagonal", dtype)
+    entries = 0.5 * jr.normal(jr.key(1), (num_steps, 3, 3, 4), dtype)
+    if kind == "lanes":
+        return LaneTransition(entries), b.reshape(num_steps, 3, 4)
     if kind == "blocks":
-        A = 0.5 * jr.normal(jr.key(1), (num_steps, 3, 3, 4), dtype)
-        return Blocks(A, None), b.reshape(num_steps, 3, 4)
-    return A, b
+        return BlockTransition(entries, BlockOrder(contiguous(3, 4), 12)), b
+    return transition_of(A[..., -2:] if kind == "trailing" else A), b
+
+
+def dense(A, size):
+    """All entries of the matrices, one column after the other."""
+    columns = [A.apply(jnp.broadcast_to(e, (7, size))) for e in jnp.eye(size)]
+    return jnp.stack(columns, axis=-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transitions_are_matrices(kind):
+    A, b = stack_of(kind, 7)
+    size = b.shape[1]
+    scale = jnp.linspace(1.0, 2.0, size)[None]
+    keep = jnp.array([False, True, True, False, True, True, True])
+    # Zero also in derivatives, whatever is there.
+    bad = jtu.tree_map(lambda a: a.at[jnp.array([0, 3])].set(jnp.nan), A)
+
+    @jax.jit
+    def both(A, bad):
+        M = dense(A, size)
+        kept = jnp.where(keep[:, None, None], M, 0)
+        pairs = [
+            (A.compose(A.abs()), M @ jnp.abs(M)),
+            (A.scaled(0.3), 0.3 * M),
+            (A.rescaled(scale), M * scale[:, None] / scale[..., None]),
+            (A.zero_first(), M.at[0].set(0)),
+            (bad.where_finite(), kept),
+            (bad.masked(keep), kept),
+        ]
+        if kind != "trailing":
+            pairs.append((A.transpose(), jnp.swapaxes(M, 1, 2)))
+        of = lambda A: A.where_finite().apply(b) + A.masked(keep).apply(b)
+        slopes = jax.grad(lambda A: jnp.sum(of(A) ** 2))(bad)
+        one = A.at(3).apply(b[3]), M[3] @ b[3]
+        return M, [one, *((dense(B, size), N) for B, N in pairs)], slopes
+
+    M, pairs, slopes = both(A, bad)
+    for actual, expected in pairs:
+        assert_close(actual, expected, rounding())
+    assert all(np.all(np.isfinite(x)) for x in jtu.tree_leaves(slopes))
+    passed_on = b.at[:, :3].set(0) if kind == "trailing" else b
+    np.testing.assert_array_equal(A.passed_on(b), passed_on)
+    np.testing.assert_array_equal(np.any(M, axis=(0, 1)), np.any(passed_on, axis=0))
+
+
+@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize("kind", KINDS)
+def test_scans_of_every_transition(kind, reverse):
+    """From any state, their transposes and their derivatives, against dense ones."""
+    A, b = stack_of(kind, 7)
+    y0, after = jr.normal(jr.key(2), (2, b.shape[1]))
+
+    @jax.jit
+    def answers(A, after):
+        loss = lambda b, y0: jnp.sum(jnp.sin(affine_solve(A, b, y0, reverse)))
+        return (
+            [scan_steps(A, b, start, reverse) for start in (None, y0)],
+            [scan_steps_transposed(A, b, end, reverse) for end in (None, after)],
+            jax.value_and_grad(loss, (0, 1))(b, y0),
+        )
+
+    M = transition_of(dense(A, b.shape[1]))
+    # What a following step makes of a state.
+    after = M.transpose().at(0).apply(after)
+    assert_close(answers(A, after), answers(M, after), rounding())
 
 
 # In one piece; in chunks with a rest; and without one.
@@ -81,36 +159,46 @@ NUM_STEPS = (5, 50, 64)
 
 @pytest.mark.parametrize("num_steps", NUM_STEPS)
 @pytest.mark.parametrize("reverse", (False, True))
-@pytest.mark.parametrize("kind", KINDS)
-def test_long_ones_in_chunks(kind, reverse, num_steps, monkeypatch):
-    monkeypatch.setattr("deer_ode._affine._CHUNKS", 8)
+@pytest.mark.parametrize("kind", CORES)
+def test_long_ones_in_chunks(kind, reverse, num_steps):
     A, b = stack_of(kind, num_steps)
-    expected = sequential_scan(A, b, reverse)
-    assert_close(parallel_scan(A, b, reverse), expected, rounding())
+    expected = SequentialScan().scan(A, b, None, reverse)
+    actual = AssociativeScan(max_elements=8).scan(A, b, None, reverse)
+    assert_close(actual, expected, rounding())
 
 
 @pytest.mark.parametrize("reverse", (False, True))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CORES)
 def test_beginnings_and_transposes_of_both_platforms(kind, reverse):
     """What an accelerator does, against the loops of a CPU, and these against JAX."""
     A, b = stack_of(kind, 7)
     y0 = jr.normal(jr.key(2), b.shape[1:])
-    of = lambda b, y0: sequential_scan(A, b, reverse, y0)
+    of = lambda b, y0: SequentialScan().scan(A, b, y0, reverse)
     ys, pull_back = jax.vjp(of, b, y0)
-    assert_close(
-        parallel_scan(A, with_first(A, b, y0, reverse), reverse), ys, rounding()
-    )
+    assert_close(AssociativeScan().scan(A, b, y0, reverse), ys, rounding())
     weights = jnp.cos(jnp.arange(b.size, dtype=b.dtype)).reshape(b.shape)
     b_bar, y0_bar = pull_back(weights)
     after = jr.normal(jr.key(3), y0.shape)
     last = 0 if reverse else -1
     more_b, more_y0 = pull_back(jnp.zeros_like(b).at[last].set(after))
-    for transposed in (sequential_scan_transposed, parallel_scan_transposed):
-        actual = transposed(A, weights, None, reverse)
-        assert_close(actual, (y0_bar, b_bar), rounding(), what=transposed.__name__)
-        actual = transposed(A, weights, after, reverse)
+    for by in (*SCANS, PlatformScan(*SCANS)):
+        actual = by.scan_transposed(A, weights, None, reverse)
+        assert_close(actual, (y0_bar, b_bar), rounding(), what=str(by))
+        actual = by.scan_transposed(A, weights, after, reverse)
         expected = (y0_bar + more_y0, b_bar + more_b)
-        assert_close(actual, expected, rounding(), what=transposed.__name__)
+        assert_close(actual, expected, rounding(), what=str(by))
+
+
+def test_what_decides(monkeypatch):
+    """Platform, size and dtype; here no GPU is asked for."""
+    has_kernels = lambda size, dtype: (size, dtype) == (2, jnp.float32)
+    A = transition_of(jnp.zeros((3, 2, 2), jnp.float32))
+    large = transition_of(jnp.zeros((3, 5, 5), jnp.float32))
+    assert choose_scan(A) == SequentialScan()
+    pretend_accelerator(monkeypatch)
+    monkeypatch.setattr("deer_ode._kernels.are_right", has_kernels)
+    assert choose_scan(A) == PlatformScan(SequentialScan(), KernelScan())
+    assert choose_scan(large) == PlatformScan(SequentialScan(), AssociativeScan())
 
 
 def test_mixed_dtypes():
@@ -126,22 +214,20 @@ def test_mixed_dtypes():
 
 @pytest.mark.parametrize("num_steps", NUM_STEPS)
 @pytest.mark.parametrize("reverse", (False, True))
-@pytest.mark.parametrize("kind", KINDS)
-def test_by_kernels(kind, reverse, num_steps, monkeypatch):
+@pytest.mark.parametrize("kind", CORES)
+def test_by_kernels(kind, reverse, num_steps):
     """Interpreted, in chunks of four and of up to three levels."""
-    monkeypatch.setattr("deer_ode._lanes._CHUNK", 4)
-    monkeypatch.setattr("deer_ode._lanes._SHORT", 8)
     A, b = stack_of(kind, num_steps)
-    expected = sequential_scan(A, b, reverse)
-    actual = kernel_scan(A, b, reverse, interpret=True)
-    assert_close(actual, expected, rounding())
+    expected = SequentialScan().scan(A, b, None, reverse)
+    by_kernels = KernelScan(chunk=4, max_in_one=8, interpret=True)
+    assert_close(by_kernels.scan(A, b, None, reverse), expected, rounding())
 
 
-@pytest.mark.parametrize("scan", (parallel_scan, kernel_scan))
-def test_programs_do_not_grow_with_the_number_of_steps(scan):
+@pytest.mark.parametrize("by", (AssociativeScan(), KernelScan()), ids=str)
+def test_programs_do_not_grow_with_the_number_of_steps(by):
     def size(num_steps):
         A, b = jnp.zeros((num_steps, 2, 2)), jnp.zeros((num_steps, 2))
-        text = str(jax.make_jaxpr(lambda A, b: scan(A, b, False))(A, b))
+        text = str(jax.make_jaxpr(lambda A, b: by.scan(transition_of(A), b))(A, b))
         return text.count("\n")
 
     # Programs differ by what is over where a number is not even.

@@ -22,7 +22,13 @@ FILES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 #: Modules that only pass names on.
-FACADES = ("__init__", "_demo.__init__", "_discretisation.__init__", "nn.__init__")
+FACADES = (
+    "__init__",
+    "_affine.__init__",
+    "_demo.__init__",
+    "_discretisation.__init__",
+    "nn.__init__",
+)
 
 MAX_LINES = 600
 
@@ -233,6 +239,30 @@ def private_attributes(name: str) -> set[str]:
     named_tuple = {"_replace", "_asdict", "_fields", "_make"}
     private = {a for a in attributes if re.match(r"_[A-Za-z]", a)}
     return private - named_tuple - defined_names()
+
+
+def asks_for_the_kind(node: ast.AST, kinds: set[str]) -> bool:
+    """`isinstance(x, Kind)`; or `A.ndim`, which told diagonals from matrices."""
+    names = lambda node: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id == "isinstance" and bool(names(node.args[1]) & kinds)
+    is_ndim = isinstance(node, ast.Attribute) and node.attr == "ndim"
+    return is_ndim and bool(names(node) & {"A", "A_i"})
+
+
+def test_only_transitions_know_their_kind():
+    kinds = {
+        node.name
+        for node in TREES["_affine._transitions"].body
+        if isinstance(node, ast.ClassDef)
+    }
+    assert {"DenseTransition", "TrailingTransition"} <= kinds
+    example = ast.parse("isinstance(A, DenseTransition)", mode="eval").body
+    assert asks_for_the_kind(example, kinds)
+    # Of `phi_functions` the argument is any matrix.
+    for name in set(TREES) - {"_affine._transitions", "_discretisation._phi"}:
+        for node in ast.walk(TREES[name]):
+            assert not asks_for_the_kind(node, kinds), f"{name}, line {node.lineno}"
 
 
 def test_private_attributes_of_other_libraries_are_used_in_one_place():

@@ -6,10 +6,10 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from deer_ode._affine import affine_solve, apply, parallel_scan, sequential_scan
+from deer_ode._affine import BlockTransition, affine_solve, transition_of
+from deer_ode._affine._scans import AssociativeScan, SequentialScan
 from deer_ode._blocks import (
     BlockOrder,
-    Blocks,
     connected,
     contiguous,
     find_blocks,
@@ -32,7 +32,7 @@ ORDERS = {
 }
 
 
-def as_dense(A: Blocks):
+def as_dense(A: BlockTransition):
     """The same matrices, zeros and all, put together entry by entry."""
     order = A.order
     dense = np.zeros(
@@ -42,7 +42,7 @@ def as_dense(A: Blocks):
     for j, members in enumerate(order.entries.T):
         rows, columns = np.meshgrid(members, members, indexing="ij")
         dense = dense.at[..., rows, columns].set(A.entries[..., j])
-    return dense[..., :-1, :-1]
+    return transition_of(dense[..., :-1, :-1])
 
 
 def used(order):
@@ -54,7 +54,8 @@ def used(order):
 def elements(order, num_steps=19):
     keys = jr.split(jr.key(0), 3)
     shape = (num_steps, order.size, order.size, order.num_blocks)
-    A = Blocks(jnp.where(used(order), 0.5 * jr.normal(keys[0], shape), 0), order)
+    entries = jnp.where(used(order), 0.5 * jr.normal(keys[0], shape), 0)
+    A = BlockTransition(entries, order)
     return A, *(jr.normal(key, (num_steps, order.state_size)) for key in keys[1:])
 
 
@@ -80,11 +81,11 @@ def test_orders_lose_nothing(name):
 def test_blocks_are_dense_matrices(name, reverse):
     A, b, weights = elements(ORDERS[name])
     dense = as_dense(A)
-    assert_close(apply(A, b), apply(dense, b), rounding())
-    expected = sequential_scan(dense, b, reverse)
-    split = (A.split(), A.order.split(b))
-    for scan in (sequential_scan, parallel_scan):
-        assert_close(A.order.join(scan(*split, reverse)), expected, rounding())
+    assert_close(A.apply(b), dense.apply(b), rounding())
+    expected = SequentialScan().scan(dense, b, None, reverse)
+    for by in (SequentialScan(), AssociativeScan()):
+        actual = A.solve(by.scan, b, None, reverse)
+        assert_close(actual, expected, rounding())
 
     def loss(A, b, to=lambda A: A):
         return jnp.sum(weights * affine_solve(to(A), b, b[0], reverse) ** 2)

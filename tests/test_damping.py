@@ -23,7 +23,8 @@ from deer_ode import (
     Window,
     solve_recurrence,
 )
-from deer_ode._blocks import Blocks, find_blocks
+from deer_ode._affine import BlockTransition, transition_of
+from deer_ode._blocks import find_blocks
 from deer_ode._damping import covariances_at_once, covariances_in_turn, smooth
 from deer_ode._misc import leading_true
 from deer_ode._scan import make_recurrence
@@ -102,14 +103,14 @@ def check_smooth(A, dense, residual, size):
 def test_dense_corrections_are_least_squares(num_steps):
     A, residual, size = system(num_steps, 3, 3)
     A = A * ratios(size, size)
-    check_smooth(A, A, residual * size, size)
+    check_smooth(transition_of(A), A, residual * size, size)
 
 
 @pytest.mark.parametrize("num_steps", slow((1, 2, 30), lambda n: n < 30))
 def test_diagonal_corrections_are_least_squares(num_steps):
     A, residual, size = system(num_steps, 3)
     dense = A[:, :, None] * jnp.eye(3)[None]
-    check_smooth(A, dense, residual * size, size)
+    check_smooth(transition_of(A), dense, residual * size, size)
 
 
 @pytest.mark.parametrize("num_steps", slow((1, 2, 30), lambda n: n != 2))
@@ -119,7 +120,7 @@ def test_tails_are_least_squares_and_heads_follow(num_steps):
     A = A * ratios(size, size[:, 3:])
     residual = residual * size
     for lam in LAMBDAS:
-        delta = jitted_smooth(A, residual, jnp.asarray(lam), size)
+        delta = jitted_smooth(transition_of(A), residual, jnp.asarray(lam), size)
         tails = least_squares(
             *(np.asarray(x) for x in (A[:, 3:], residual[:, 3:])),
             lam,
@@ -148,7 +149,7 @@ def test_corrections_in_blocks_are_least_squares(num_steps):
                 if max(i, j) < 11:
                     mask[i, j] = True
                     entries[:, row, column, block] = A[:, i, j]
-    blocks = Blocks(jnp.asarray(entries), order)
+    blocks = BlockTransition(jnp.asarray(entries), order)
     check_smooth(blocks, jnp.where(mask[None], A, 0), residual * size, size)
 
 

@@ -35,17 +35,17 @@ PLANS = {
         Sequential(), "accelerator", (5000, 3, coupled), ("sequential", True, None, 1)
     ),
     "accelerator": (
-        Auto(), "accelerator", (5000, 3, coupled), ("newton", True, 1024, 1)
+        Auto(), "accelerator", (5000, 3, coupled), ("newton", True, 256, 1)
     ),
     "one window's worth": (
-        Auto(), "accelerator", (500, 3, coupled), ("newton", False, 500, 1)
+        Auto(), "accelerator", (256, 3, coupled), ("newton", False, 256, 1)
     ),
     "short": (Auto(), "accelerator", (63, 3, coupled), ("sequential", True, None, 1)),
     "large": (
         Auto(), "accelerator", (5000, 64, coupled), ("sequential", True, None, 1)
     ),
     "large, structured": (
-        Auto(), "accelerator", (5000, 64, separate), ("newton", True, 1024, 1)
+        Auto(), "accelerator", (5000, 64, separate), ("newton", True, 256, 1)
     ),
     "Newton, CPU": (Newton(), "cpu", (5000, 3, coupled), ("newton", False, 256, 1)),
     "Newton, CPU, short": (

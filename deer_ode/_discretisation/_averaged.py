@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._affine import apply
+from .._affine import matvec
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, previous_states
 from ._base import Grid
@@ -57,12 +57,12 @@ class _AveragedRecurrence(AbstractEquationRecurrence):
         def linearise(t, y):
             f = lambda y: self.product(t, y, x)
             J, value = jax.jacfwd(lambda y: (f(y),) * 2, has_aux=True)(y)
-            return J, value - apply(J, y)
+            return J, value - matvec(J, y)
 
         (J0, z0), (J1, z1) = linearise(x.tprev, y0), linearise(x.tnext, y1)
         J, z = (J0 + J1) / 2, (z0 + z1) / 2
         _, phi_1 = phi_functions(J, 1)
-        return y0 - y1 + apply(phi_1, apply(J, y0) + z)
+        return y0 - y1 + matvec(phi_1, matvec(J, y0) + z)
 
     def _padded(self, ys, F):
         still = previous_states(self.y0, ys) - ys

@@ -22,7 +22,7 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from .._affine import apply
+from .._affine import matvec, transition_of
 from .._custom_types import Args, Mask, State, Trajectory, Y
 from .._failure import NO_DERIVATIVE, NO_SOLUTION, NOT_FINITE, SINGULAR
 from .._implicit import solve_trajectory
@@ -251,12 +251,14 @@ class AbstractEquationRecurrence(AbstractRecurrence):
                 # No solution of a singular system passes for the solution.
                 F = jnp.where(is_singular(B)[:, None], jnp.nan, F)
             before = jnp.abs(previous_states(self.y0, ys))
-            defect_scale = apply(jnp.abs(B), jnp.abs(ys)) + apply(jnp.abs(C), before)
+            defect_scale = matvec(jnp.abs(B), jnp.abs(ys))
+            defect_scale = defect_scale + transition_of(C).abs().apply(before)
             rounding = defect_scale * arbitrary_signs(ys)
             right = jnp.concatenate([F[..., None], rounding[..., None], C], axis=-1)
             solved = solve_blocks(B, -right)
-            residual, rounding, A = solved[..., 0], solved[..., 1], solved[..., 2:]
-            scale = jnp.abs(ys) + apply(jnp.abs(A), before)
+            residual, rounding = solved[..., 0], solved[..., 1]
+            A = transition_of(solved[..., 2:])
+            scale = jnp.abs(ys) + A.abs().apply(before)
             per_unit = jnp.sum(jnp.abs(B), axis=-1)
         return Linearised(residual, A, F, defect_scale, scale, rounding, per_unit)
 
@@ -268,7 +270,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             )
             _, B, C = self.blocks(ys, exact=True)
             # Apart, since only one of them is linear in the tangent.
-            A = solve_blocks(B, -C)
+            A = transition_of(solve_blocks(B, -C))
             b = solve_blocks(B, -F_dot[..., None])[..., 0]
         return A, b
 

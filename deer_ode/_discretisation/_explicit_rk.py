@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._affine import apply
+from .._affine import matvec
 from .._custom_types import Args, State, Y
 from .._misc import finite
 from .._plan import default_platform
@@ -127,7 +127,7 @@ def _with_exponential_jvp(primals, tangents):
     tangent, *_ = tangents
     out = tangent
     for k in range(_DEGREE, 0, -1):
-        out = tangent + apply(hJ, out) / k
+        out = tangent + matvec(hJ, out) / k
     return value, out
 
 

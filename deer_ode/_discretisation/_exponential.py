@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._affine import apply
+from .._affine import matvec
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener
 from ._phi import phi_functions, phi_functions_half_and_full
@@ -62,7 +62,7 @@ class Linearised(eqx.Module):
         # No rounding at the end, as in Diffrax.
         dt = self.t1 - self.t0
         t = self.t1 if c == 1 else self.t0 + jnp.asarray(c, dt.dtype) * dt
-        linear = self.value + apply(self.jacobian, u) + c * self.time_derivative
+        linear = self.value + matvec(self.jacobian, u) + c * self.time_derivative
         return self.product(t, self.y + u) - linear
 
 
@@ -147,7 +147,7 @@ class ExponentialRosenbrockEuler(AbstractExponentialRosenbrock):
 
     def increment(self, start):
         _, phi_1, phi_2 = phi_functions(start.jacobian, 2)
-        step = apply(phi_1, start.value) + apply(phi_2, start.time_derivative)
+        step = matvec(phi_1, start.value) + matvec(phi_2, start.time_derivative)
         return step, None
 
 
@@ -195,8 +195,8 @@ class Exprb32(AbstractExponentialRosenbrock, diffrax.AbstractAdaptiveSolver[None
 
     def increment(self, start):
         _, phi_1, phi_2, phi_3 = phi_functions(start.jacobian, 3)
-        u = apply(phi_1, start.value) + apply(phi_2, start.time_derivative)
-        error = apply(phi_3, 2 * start.remainder(1.0, u))
+        u = matvec(phi_1, start.value) + matvec(phi_2, start.time_derivative)
+        error = matvec(phi_3, 2 * start.remainder(1.0, u))
         return u + error, error
 
 
@@ -250,9 +250,9 @@ class Exprb43(AbstractExponentialRosenbrock, diffrax.AbstractAdaptiveSolver[None
         half, full = phi_functions_half_and_full(start.jacobian, 4)
         _, phi_1, phi_2, phi_3, phi_4 = full
         value, derivative = start.value, start.time_derivative
-        u2 = 0.5 * apply(half[1], value) + 0.25 * apply(half[2], derivative)
+        u2 = 0.5 * matvec(half[1], value) + 0.25 * matvec(half[2], derivative)
         D2 = start.remainder(0.5, u2)
-        linear = apply(phi_1, value) + apply(phi_2, derivative)
-        D3 = start.remainder(1.0, linear + apply(phi_1, D2))
-        error = apply(phi_4, 12 * D3 - 48 * D2)
-        return linear + apply(phi_3, 16 * D2 - 2 * D3) + error, error
+        linear = matvec(phi_1, value) + matvec(phi_2, derivative)
+        D3 = start.remainder(1.0, linear + matvec(phi_1, D2))
+        error = matvec(phi_4, 12 * D3 - 48 * D2)
+        return linear + matvec(phi_3, 16 * D2 - 2 * D3) + error, error

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._affine import multiply
+from .._affine import matmul
 from .._custom_types import Args, State, Trajectory, Y
 from .._foreign import has_control_derivative, nextafter, prevbefore, unwrap
 from .._misc import StateFlattener, previous_states
@@ -88,10 +88,10 @@ def _with_third(J0: Jacobians, J1: Jacobians, h: Array) -> tuple[Jacobians, ...]
     the slope of $S$ over the step; the errors that this makes at the two ends cancel to
     first order. To have it exactly would take longer than all the rest.
     """
-    S0, S1 = (J[1] - multiply(J[0], J[0]) for J in (J0, J1))
+    S0, S1 = (J[1] - matmul(J[0], J[0]) for J in (J0, J1))
     slope = (S1 - S0) / h
     return tuple(
-        (*J, multiply(J[0], J[1]) + 2 * multiply(S, J[0]) + slope)
+        (*J, matmul(J[0], J[1]) + 2 * matmul(S, J[0]) + slope)
         for J, S in ((J0, S0), (J1, S1))
     )
 

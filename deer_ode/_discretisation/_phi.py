@@ -10,7 +10,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._affine import multiply
+from .._affine import matmul
 from .._foreign import bounded_while_loop
 
 
@@ -45,7 +45,7 @@ def _polynomial(c: list[float], A: Array, eye: Array) -> Array:
     q = max(1, round(math.sqrt(len(c) - 1)))
     powers = [eye, A]
     for _ in range(q - 1):
-        powers.append(multiply(powers[-1], A))
+        powers.append(matmul(powers[-1], A))
 
     def block(first, last):
         terms = [x * p for x, p in zip(c[first:last], powers, strict=False)]
@@ -56,7 +56,7 @@ def _polynomial(c: list[float], A: Array, eye: Array) -> Array:
     value = block(first, len(c))
     while first > 0:
         first -= q
-        value = multiply(powers[q], value) + block(first, first + q)
+        value = matmul(powers[q], value) + block(first, first + q)
     return value
 
 
@@ -64,11 +64,11 @@ def _double(expm1: Array, phis: tuple[Array, ...]) -> tuple[Array, tuple[Array, 
     r"""`expm1` and $\varphi_1, \varphi_2, \dots$ of $2A$ from those of $A$."""
     doubled = []
     for k in range(1, len(phis) + 1):
-        total = multiply(expm1, phis[k - 1]) + 2 * phis[k - 1]
+        total = matmul(expm1, phis[k - 1]) + 2 * phis[k - 1]
         for j in range(1, k):
             total = total + phis[j - 1] / math.factorial(k - j)
         doubled.append(total * 0.5**k)
-    return multiply(expm1, expm1) + 2 * expm1, tuple(doubled)
+    return matmul(expm1, expm1) + 2 * expm1, tuple(doubled)
 
 
 def _number(z: Array, order: int) -> tuple[Array, ...]:
@@ -168,9 +168,9 @@ def phi_functions(
     eps = float(jnp.finfo(A.dtype).eps)
     phis = [_polynomial(_coefficients(highest, 1.0, eps), A, eye)]
     for k in range(highest - 1, 0, -1):
-        phis.append(multiply(A, phis[-1]) + eye / math.factorial(k))
+        phis.append(matmul(A, phis[-1]) + eye / math.factorial(k))
     phis.reverse()
-    expm1 = multiply(A, phis[0])
+    expm1 = matmul(A, phis[0])
 
     # Stops after as many squarings as the stiffest matrix of the grid needs, and goes
     # both ways in differentiation.
