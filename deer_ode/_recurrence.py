@@ -83,14 +83,13 @@ class AbstractRecurrence(eqx.Module):
     - `eps`: the rounding unit of each entry of a state, known while tracing. (It may be
         larger than that of the dtype of `y0`: the leaves of a state in the user's form
         may have several dtypes.)
+    - `is_explicit`: whether a step is a map that solves nothing within, so that it can
+        be taken from any state, and differentiated there.
     """
 
     y0: eqx.AbstractVar[State]
     eps: eqx.AbstractVar[tuple[float, ...]]
     is_explicit: eqx.AbstractVar[bool]
-    """Whether a step is a map that solves nothing within, so that it can be taken from
-    any state, and differentiated there.
-    """
 
     @property
     @abc.abstractmethod
