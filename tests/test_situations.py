@@ -461,7 +461,10 @@ def sequential():
 #: solves these situations, and the default the others.
 BY_NEWTON = ("neural ODE", "neural CDE by its control", "bounces")
 #: What others of these stand for.
-RARE = ("latent ODE", "neural CDE as an ODE", "planet", "Stratonovich ensemble")
+RARE = (
+    "latent ODE", "neural CDE as an ODE", "neural CDE by its control", "stiff",
+    "planet", "Stratonovich ensemble", "two levels",
+)  # fmt: skip
 
 
 def situation_rows():
