@@ -676,16 +676,19 @@ def test_hessian_of_steps():
 
 @pytest.mark.parametrize("solver, door", HESSIANS)
 def test_hessian(solver, door):
+    """With respect to where it starts as well."""
+
     def loss(door, **kw):
-        def of(args):
-            kwargs = dict(t1=1.0, args=args, max_steps=12, **kw)
+        def of(inputs):
+            y0, args = inputs
+            kwargs = dict(t1=1.0, y0=y0, args=args, max_steps=12, **kw)
             return jnp.sum(run(door, solver, **kwargs).ys ** 2)
 
         return of
 
-    args = lotka_volterra_args()
-    actual = jax.jit(jax.hessian(loss(door)))(args)
-    expected = jax.jit(jax.hessian(loss(None, adjoint=diffrax.DirectAdjoint())))(args)
+    inputs = (Y0, lotka_volterra_args())
+    actual = jax.jit(jax.hessian(loss(door)))(inputs)
+    expected = jax.jit(jax.hessian(loss(None, adjoint=diffrax.DirectAdjoint())))(inputs)
     assert_close(actual, expected, rounding())
 
 

@@ -402,8 +402,7 @@ STATES = {
     "which, name",
     [
         pytest.param("tree", "Obreshkov(2)", marks=pytest.mark.slow),
-        ("complex", "RadauIIA(1)"),
-        pytest.param("complex", "RadauIIA(2)", marks=pytest.mark.slow),
+        ("complex", "RadauIIA(2)"),
         pytest.param("tree", "GaussLegendre(2)", marks=pytest.mark.slow),
         pytest.param("complex", "Obreshkov(3)", marks=pytest.mark.slow),
         pytest.param("tree", "AveragedExponential", marks=pytest.mark.slow),

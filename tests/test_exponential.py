@@ -525,7 +525,7 @@ PROBLEMS = {
 NUM_STEPS = 24
 
 
-# In the ordinary run a matrix, a number and, below, the third solver on what is stiff.
+# In the ordinary run a matrix, a number and, below, the third solver.
 @pytest.mark.parametrize(
     "name, problem",
     slow_rows(
@@ -544,8 +544,8 @@ def test_parallel_is_sequential(name, problem):
     assert_steps_agree(SOLVERS[name], PROBLEMS[problem], ts, times)
 
 
-def value_and_grad(solve, solver, num_steps=NUM_STEPS, **kwargs):
-    terms, y0, args = stiff()
+def value_and_grad(solve, solver, problem, num_steps=NUM_STEPS, **kwargs):
+    terms, y0, args = PROBLEMS[problem]()
 
     def loss(inputs):
         ys = solve(
@@ -560,17 +560,21 @@ def value_and_grad(solve, solver, num_steps=NUM_STEPS, **kwargs):
 
 
 DOOR_ROWS = slow_rows(
-    [(name, door) for name in SOLVERS for door in DOORS],
-    lambda row: row != ("Exprb32", "b"),
+    [
+        ("Exprb32", "b", "neural cde"),
+        *((name, door, "stiff") for name in SOLVERS for door in DOORS),
+    ],
+    # Of a number: gradients of a matrix are above, and whole solves of one below.
+    lambda row: row[2] == "stiff",
 )
 
 
-@pytest.mark.parametrize("name, door", DOOR_ROWS)
-def test_doors(name, door):
+@pytest.mark.parametrize("name, door, problem", DOOR_ROWS)
+def test_doors(name, door, problem):
     kwargs = dict(num_substeps=4, num_steps=6) if door == "c" else {}
     kwargs["method"] = Newton(window=None, chunk=1)
-    ys, grads = value_and_grad(DOORS[door], SOLVERS[name], **kwargs)
-    expected = value_and_grad(diffrax.diffeqsolve, SOLVERS[name])
+    ys, grads = value_and_grad(DOORS[door], SOLVERS[name], problem, **kwargs)
+    expected = value_and_grad(diffrax.diffeqsolve, SOLVERS[name], problem)
     assert_close((ys, grads), expected, rounding())
 
 
