@@ -45,9 +45,7 @@ def run(*arguments):
 
 
 # Nearly all of the time is compilation.
-@pytest.mark.parametrize(
-    "family", slow(benchmarks.FAMILIES, lambda f: f not in ("affine", "ode"))
-)
+@pytest.mark.parametrize("family", slow(benchmarks.FAMILIES, lambda f: f != "affine"))
 def test_family(family, tmp_path):
     out = tmp_path / "new folder" / "results.json"
     rows = run("--quick", "--only", family, "--repeats", 1, "--out", out)

@@ -33,14 +33,12 @@ def problems():
 
 PROBLEMS = problems()
 
-#: One of each kind: chaos, stiffness, close encounters, no field at all, and networks.
+#: One of each kind: chaos, stiffness, no field at all, and networks.
 #: Each takes five programs, and equations take long to compile.
 ORDINARY = (
     "Lorenz, 10 Lyapunov times, Tsit5",
     "Van der Pol, mu = 100, Tsit5",
-    "Kepler, e = 0.9, Tsit5",
     "infinite field",
-    "one step",
     "GRU, weights x 100",
     "square root of y - 10",
 )

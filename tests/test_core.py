@@ -195,6 +195,9 @@ def solve(door, solver, term, inputs, **kwargs):
     if door == "c":
         kwargs |= dict(num_substeps=num_substeps)
     how = diffrax.diffeqsolve if door is None else DOORS[door]
+    if door is not None:
+        # Neither windows nor chunks, which there are above: less to compile.
+        kwargs |= dict(method=Newton(window=None, chunk=1))
     y0, args = inputs
     dt0 = num_substeps / NUM_STEPS
     return how(term, solver, 0.0, 1.0, dt0, y0, args, **kwargs)

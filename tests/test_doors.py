@@ -32,7 +32,6 @@ from deer_ode._counting import (
 from deer_ode._discretisation import Discretised, discretise
 
 from .helpers import (
-    BY_DOOR,
     DOORS,
     assert_close,
     lotka_volterra,
@@ -140,7 +139,7 @@ SAVES = {
 }
 
 
-@pytest.mark.parametrize("what, door, method", by_method(SAVES, ("ts", "subs")))
+@pytest.mark.parametrize("what, door, method", by_method(SAVES, ("ts",)))
 def test_saveat(what, door, method):
     saveat = SAVES[what]()
     expected = run(None, saveat=saveat)
@@ -175,7 +174,7 @@ def test_dense(door):
     assert_close(increment, expected.evaluate(0.25, 1.1), rounding())
 
 
-@pytest.mark.parametrize("door", BY_DOOR)
+@pytest.mark.parametrize("door", IN_ONE)
 def test_backward_in_time(door):
     saveat = diffrax.SaveAt(t0=True, ts=[2.9, 1.0, 0.05], steps=5, t1=True)
     kwargs = dict(t0=3.0, t1=0.0, dt0=-0.1, saveat=saveat)
@@ -183,7 +182,13 @@ def test_backward_in_time(door):
     assert_same_solution(run(door, method=method, **kwargs), run(None, **kwargs))
 
 
-@pytest.mark.parametrize("dt0, door", one_door_each((0.7, 0.3, 3.0, 5.0), ("a", "b")))
+@pytest.mark.parametrize(
+    "dt0, door",
+    slow_rows(
+        [(dt0, door) for dt0 in (0.7, 0.3, 3.0, 5.0) for door in ("a", "b")],
+        lambda row: row not in ((0.7, "a"), (5.0, "b")),
+    ),
+)
 def test_the_steps_are_those_of_diffrax(dt0, door):
     """The first is dt0 long, the others divide the interval; the last is clipped."""
     saveat = diffrax.SaveAt(steps=True)
@@ -222,7 +227,9 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize(
+    "name", slow(SAVED, lambda name: name in ("all", "every third"))
+)
 def test_nothing_is_interpolated_where_steps_end(name, monkeypatch):
     ts, kwargs, _ = SAVED[name]
     kwargs = dict(kwargs)
@@ -390,7 +397,7 @@ def test_events(which, door, method):
     assert_close(sol.event_mask, expected.event_mask, 0.0)
 
 
-@pytest.mark.parametrize("door", BY_DOOR)
+@pytest.mark.parametrize("door", IN_ONE)
 def test_gradient_of_an_event_time(door):
     """d(sqrt(2 h / g)) / dh, known in closed form."""
 
@@ -669,16 +676,19 @@ def test_hessian_of_steps():
 
 @pytest.mark.parametrize("solver, door", HESSIANS)
 def test_hessian(solver, door):
+    """With respect to where it starts as well."""
+
     def loss(door, **kw):
-        def of(args):
-            kwargs = dict(t1=1.0, args=args, max_steps=12, **kw)
+        def of(inputs):
+            y0, args = inputs
+            kwargs = dict(t1=1.0, y0=y0, args=args, max_steps=12, **kw)
             return jnp.sum(run(door, solver, **kwargs).ys ** 2)
 
         return of
 
-    args = lotka_volterra_args()
-    actual = jax.jit(jax.hessian(loss(door)))(args)
-    expected = jax.jit(jax.hessian(loss(None, adjoint=diffrax.DirectAdjoint())))(args)
+    inputs = (Y0, lotka_volterra_args())
+    actual = jax.jit(jax.hessian(loss(door)))(inputs)
+    expected = jax.jit(jax.hessian(loss(None, adjoint=diffrax.DirectAdjoint())))(inputs)
     assert_close(actual, expected, rounding())
 
 
@@ -686,7 +696,7 @@ def test_hessian(solver, door):
     "over, door",
     slow_rows(
         [(over, door) for over in ("y0", "args", "t1", "saveat") for door in "bc"],
-        lambda row: row not in (("args", "c"), ("t1", "b")),
+        lambda row: row != ("t1", "b"),
     ),
 )
 def test_vmap(over, door):
@@ -953,7 +963,7 @@ def test_a_window_that_fails_is_rejected():
     assert fixed.result == diffrax.RESULTS.nonlinear_max_steps_reached
 
 
-@pytest.mark.parametrize("door", BY_DOOR)
+@pytest.mark.parametrize("door", IN_ONE)
 def test_non_finite_where_the_sequential_answer_is(door):
     """y' = y^2 blows up at t = 1."""
     kwargs = dict(
@@ -1031,22 +1041,25 @@ def test_traced_times_need_a_bound():
 
 @pytest.mark.parametrize(
     "t0, t1, dt0, num_steps",
-    (
-        # Two steps by division, of which rounding leaves one.
-        (1e8, 1e8 + 1, 1 - 1e-9, 1),
-        (0.0, 1.0, 0.3, 4),
-        (1.0, 0.0, -0.3, 4),
-        (0.0, 1.0, 1.0, 1),
-        (0.0, 1.0, 0.1, 10),
-        (-3.0, 4.0, 0.7, 10),
-        # Of the last step 2e-7 of the interval would be left.
-        (0.0, 1.0, (1 - 2e-7) / 3, 4),
-        (0.0, 1.0, 0.75, 2),
-        (1e7, 1e7 + 3, 0.11, 28),
-        # One step that rounding leaves short of the end, so that there are two.
-        (-0.3, 0.9, 1.2, 2),
-        (0.0, 0.1 * 3, 0.3, 2),
-        (0.3, -0.9, -1.2, 2),
+    slow_rows(
+        (
+            # Two steps by division, of which rounding leaves one.
+            (1e8, 1e8 + 1, 1 - 1e-9, 1),
+            (0.0, 1.0, 0.3, 4),
+            (1.0, 0.0, -0.3, 4),
+            (0.0, 1.0, 1.0, 1),
+            (0.0, 1.0, 0.1, 10),
+            (-3.0, 4.0, 0.7, 10),
+            # Of the last step 2e-7 of the interval would be left.
+            (0.0, 1.0, (1 - 2e-7) / 3, 4),
+            (0.0, 1.0, 0.75, 2),
+            (1e7, 1e7 + 3, 0.11, 28),
+            # One step that rounding leaves short of the end, so that there are two.
+            (-0.3, 0.9, 1.2, 2),
+            (0.0, 0.1 * 3, 0.3, 2),
+            (0.3, -0.9, -1.2, 2),
+        ),
+        lambda row: row[2] not in (1 - 1e-9, 0.3, -1.2),
     ),
 )
 def test_the_steps_are_diffraxs(t0, t1, dt0, num_steps):

@@ -105,7 +105,7 @@ def solve(how, name, t0=0.0, t1=1.0, **kwargs):
 
 
 # The others are in the table of all solvers.
-ORDINARY = ("StratonovichMilstein", "ShOULD")
+ORDINARY = ("ShOULD",)
 
 
 @pytest.mark.parametrize(

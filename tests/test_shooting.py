@@ -28,6 +28,8 @@ from .helpers import (
     assert_close,
     both,
     rounding,
+    slow,
+    slow_rows,
     solve_tanh_network as solve,
     tanh_cell,
     tanh_network,
@@ -43,8 +45,25 @@ def loop(weights, y0, xs, reverse=False):
 CHUNKS = (1, 2, 7, 50, 51, 1000)
 
 
-@pytest.mark.parametrize("window", (None, Window(16), Window(24)), ids=str)
-@pytest.mark.parametrize("chunk", CHUNKS)
+WINDOWS = (None, Window(16), Window(24))
+#: Each chunk but one, which is what other tests have, and each window.
+ORDINARY = (
+    (2, None),
+    (7, Window(24)),
+    (50, Window(16)),
+    (51, Window(16)),
+    (1000, None),
+)
+
+
+@pytest.mark.parametrize(
+    "chunk, window",
+    slow_rows(
+        [(chunk, window) for chunk in CHUNKS for window in WINDOWS],
+        lambda row: row not in ORDINARY,
+    ),
+    ids=str,
+)
 def test_any_chunk(chunk, window):
     """Chunks that do not divide the steps, and are longer than all of them."""
     inputs = tanh_network(50, gain=0.8)
@@ -66,8 +85,18 @@ def test_fewer_iterations():
     assert count(chunks) <= 3 < count(plain)
 
 
-@pytest.mark.parametrize("window", (None, Window(8)), ids=str)
-@pytest.mark.parametrize("fallback", (True, False))
+@pytest.mark.parametrize(
+    "window, fallback",
+    slow_rows(
+        [
+            (window, fallback)
+            for window in (None, Window(8))
+            for fallback in (True, False)
+        ],
+        lambda row: (row[0] is None) != row[1],
+    ),
+    ids=str,
+)
 def test_the_step_that_is_not_a_number(window, fallback):
     """The first one, within a chunk."""
     xs = jnp.ones(40).at[21].set(-1.0)
@@ -138,7 +167,7 @@ def test_without_a_finish():
     assert bool(jnp.all(jnp.isinf(sol.carries[good:])))
 
 
-@pytest.mark.parametrize("num_steps", (48, 50))
+@pytest.mark.parametrize("num_steps", slow((48, 50), lambda n: n == 48))
 def test_a_given_guess(num_steps):
     inputs = tanh_network(num_steps, gain=1.2)
     cold = solve(*inputs, Newton(chunk=8))

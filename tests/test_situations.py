@@ -461,7 +461,10 @@ def sequential():
 #: solves these situations, and the default the others.
 BY_NEWTON = ("neural ODE", "neural CDE by its control", "bounces")
 #: What others of these stand for.
-RARE = ("latent ODE", "neural CDE as an ODE", "planet", "Stratonovich ensemble")
+RARE = (
+    "latent ODE", "neural CDE as an ODE", "neural CDE by its control", "stiff",
+    "planet", "Stratonovich ensemble", "two levels",
+)  # fmt: skip
 
 
 def situation_rows():
@@ -529,35 +532,3 @@ def test_steady_states_in_windows():
     # At rest the field is below `tol (1 + |y|)`, and its inverse is at most two.
     assert_close(ys, expected_ys, 10 * tol)
     assert_close(grads, expected_grads, 10 * tol)
-
-
-@pytest.mark.parametrize("door", slow(("a", "b"), lambda door: door == "a"))
-def test_aim_by_newtons_method(door):
-    """Where to start in order to hit a target: two derivatives of the solve."""
-    # Euler's method, as second derivatives of a solve take long to compile.
-    target = jnp.array([0.3, -0.2])
-
-    def field(t, y, args):
-        return jnp.stack([y[1], -jnp.sin(y[0])])
-
-    def loss(y0, door, **kwargs):
-        sol = solve(
-            door, diffrax.ODETerm(field), diffrax.Euler(), (1.5, 15), y0, **kwargs
-        )
-        return jnp.sum((sol.ys[-1] - target) ** 2)
-
-    def aim(*args, **kwargs):
-        of = lambda y0: loss(y0, *args, **kwargs)
-
-        @jax.jit
-        def step(y0):
-            return y0 - jnp.linalg.solve(jax.hessian(of)(y0), jax.grad(of)(y0))
-
-        y0s = [jnp.array([0.5, 0.1])]
-        for _ in range(4):
-            y0s.append(step(y0s[-1]))
-        return y0s
-
-    y0s = aim(door)
-    assert_close(y0s, aim(None, adjoint=diffrax.DirectAdjoint()), rounding())
-    assert loss(y0s[-1], None) < 1e-12

@@ -68,8 +68,8 @@ def sequential():
 
 #: One of each kind: the others share its code, and are compiled just as long.
 ORDINARY = (
-    "Euler", "Tsit5", "Kvaerno3", "Sil3", "SemiImplicitEuler", "ItoMilstein", "SPaRK",
-    "HalfSolver", "Heun on an SDE",
+    "Tsit5", "Kvaerno3", "Sil3", "SemiImplicitEuler", "ItoMilstein", "SPaRK",
+    "HalfSolver",
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_values_and_gradients(name):
 #: One of each kind goes through windows.
 IN_WINDOWS = ("Tsit5", "Kvaerno5", "KenCarp4", "SemiImplicitEuler", "ShARK")
 DOOR_ROWS = [
-    *slow_rows([("Heun", door) for door in DOORS], lambda row: row[1] == "a"),
+    *slow_rows([("Heun", door) for door in DOORS], lambda row: row[1] != "b"),
     *slow_rows([(name, "b") for name in SOLVERS if name != "Heun"], lambda row: True),
     *slow_rows([(name, "c") for name in IN_WINDOWS], lambda row: True),
 ]
@@ -108,7 +108,7 @@ def to_float32(tree):
 
 
 @pytest.mark.parametrize(
-    "name", slow(("Tsit5", "Heun", "Kvaerno3"), lambda name: name == "Tsit5")
+    "name", slow(("Tsit5", "Heun", "Kvaerno3"), lambda name: name != "Heun")
 )
 def test_float32(name):
     solver, problem = SOLVERS[name]

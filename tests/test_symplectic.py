@@ -238,10 +238,8 @@ def test_coefficients_do_not_round_with_time(name):
     solver, _ = METHODS[name]
     terms, y0 = pendulum()
     h = 0.125  # so that the ends of the step are exact
-    near, far = (
-        jax.jit(lambda t: take_step(solver, terms, t, t + h, y0))(jnp.asarray(t))
-        for t in (0.0, 2.0**40)
-    )
+    step = jax.jit(lambda t: take_step(solver, terms, t, t + h, y0))
+    near, far = (step(jnp.asarray(t)) for t in (0.0, 2.0**40))
     # Differences of times within the step would be wrong by 1e-3 there.
     assert_close(far, near, 4 * float(jnp.finfo(jnp.float64).eps))
 
@@ -284,20 +282,19 @@ def value_and_grad(solve, solver, dt0=0.05, **kwargs):
     return ys, grads
 
 
-@pytest.mark.parametrize("name", slow(METHODS, lambda name: name == "BlanesMoan4"))
+@pytest.mark.parametrize("name", slow(METHODS, lambda name: name != "Yoshida4"))
 def test_parallel_agrees_with_stock(name):
     ts, times = jnp.linspace(0.0, 2.0, 41), jnp.asarray(SAVE_TS[1:])
     assert_steps_agree(METHODS[name][0], tree_problem, ts, times)
 
 
-def slow_doors():
-    """Windows of the cheapest method, and whole intervals, in the ordinary run."""
-    rows = [(name, door) for name in METHODS for door in DOORS]
-    ordinary = (("StormerVerlet", "c"), ("Yoshida4", "b"))
-    return slow_rows(rows, lambda row: row not in ordinary)
-
-
-@pytest.mark.parametrize("name, door", slow_doors())
+@pytest.mark.parametrize(
+    "name, door",
+    slow_rows(
+        [(name, door) for name in METHODS for door in DOORS],
+        lambda row: row != ("StormerVerlet", "c"),
+    ),
+)
 def test_doors(name, door):
     """The same through whole solves, with saves."""
     solver, _ = METHODS[name]
@@ -325,14 +322,16 @@ def test_gradient_of_the_energy():
     terms, y0 = henon_heiles()
 
     @jax.jit
+    @jax.value_and_grad
     def loss(scale):
         start = (scale * y0[0], y0[1])
         sol = diffeqsolve(terms, DEER(StormerVerlet(), Newton()), 0.0, 5.0, 0.1, start)
         return jnp.sum(sol.ys[0] ** 3)
 
     eps = 1e-5
-    numeric = (loss(jnp.array(1 + eps)) - loss(jnp.array(1 - eps))) / (2 * eps)
-    assert_close(jax.grad(loss)(jnp.array(1.0)), numeric, sqrt_eps())
+    above, below = (loss(jnp.array(1 + e))[0] for e in (eps, -eps))
+    _, slope = loss(jnp.array(1.0))
+    assert_close(slope, (above - below) / (2 * eps), sqrt_eps())
 
 
 @each_method

@@ -24,6 +24,7 @@ from .helpers import (
     both,
     pretend_accelerator,
     rounding,
+    slow_rows,
     tanh_cell,
     tanh_network,
 )
@@ -66,12 +67,23 @@ def expected():
     return jax.jit(ft.partial(derivatives, in_turn))(*problem())
 
 
+LINEARISATIONS = (Exact(), Dense(), Dense(SMALL), Diagonal(), BlockDiagonal(2))
+#: What a CPU does by itself, what is not all in memory, and what is not exact.
+ORDINARY = ((Exact(), None), (Dense(SMALL), 9), (Diagonal(), None))
+
+
 @pytest.mark.parametrize(
-    "linearisation",
-    (Exact(), Dense(), Dense(SMALL), Diagonal(), BlockDiagonal(2)),
+    "linearisation, chunk",
+    slow_rows(
+        [
+            (linearisation, chunk)
+            for linearisation in LINEARISATIONS
+            for chunk in (None, 9)
+        ],
+        lambda row: row not in ORDINARY,
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("chunk", (None, 9), ids=("steps", "chunks"))
 def test_derivatives(linearisation, chunk, expected):
     """Also with few Jacobians at a time, and whatever the forward pass used."""
     method = Newton(linearisation, chunk=chunk)
@@ -80,8 +92,14 @@ def test_derivatives(linearisation, chunk, expected):
     assert_close(actual, expected, rounding())
 
 
-@pytest.mark.parametrize("length", (1, 7, 8, 24))
-@pytest.mark.parametrize("linearisation", (Exact(), Dense()), ids=str)
+@pytest.mark.parametrize(
+    "linearisation, length",
+    slow_rows(
+        [(x, length) for x in (Exact(), Dense()) for length in (1, 7, 8, 24)],
+        lambda row: row not in ((Exact(), 7), (Dense(), 8)),
+    ),
+    ids=str,
+)
 def test_windows_of_any_length(linearisation, length, monkeypatch, expected):
     """With a last window that is full, and one that is not."""
     monkeypatch.setattr("deer_ode._implicit.tangent_window", lambda *_: length)
@@ -150,8 +168,14 @@ def test_no_derivative_at_the_start():
     assert_close(along, jnp.sum(expected), rounding())
 
 
-@pytest.mark.parametrize("method", (Auto(), Newton()), ids=("loop", "windows"))
-@pytest.mark.parametrize("num_steps", (8, 600))
+@pytest.mark.parametrize(
+    "method, num_steps",
+    slow_rows(
+        [(method, n) for method in (Auto(), Newton()) for n in (8, 600)],
+        lambda row: row not in ((Auto(), 8), (Newton(), 600)),
+    ),
+    ids=str,
+)
 def test_steps_that_have_forward_derivatives_only(num_steps, method):
     def step(y, x):
         _, turned = lax.while_loop(
