@@ -366,17 +366,17 @@ def door_b(terms, solver, *args, method=None, **kwargs):
 
 
 def door_c(terms, solver, *args, method=None, num_substeps=1, **kwargs):
-    import deer_ode
-
-    method = deer_ode.Newton() if method is None else method
-    deer = deer_ode.DEER(solver, method, num_substeps=num_substeps)
+    deer = _deer(solver, method, num_substeps)
     return diffrax.diffeqsolve(terms, deer, *args, **kwargs)
 
 
-def _deer(solver, method):
+def _deer(solver, method, num_substeps=None):
     import deer_ode
 
-    return deer_ode.DEER(solver, deer_ode.Newton() if method is None else method)
+    if method is None:
+        # Neither windows nor chunks, of which there are tests: less to compile.
+        method = deer_ode.Newton(window=None, chunk=1)
+    return deer_ode.DEER(solver, method, num_substeps)
 
 
 DOORS = {"a": door_a, "b": door_b, "c": door_c}
