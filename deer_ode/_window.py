@@ -42,6 +42,6 @@ Window.__init__.__doc__ = """**Arguments:**
 
 - `length`: how many steps a window spans. By default 256: on accelerators for what does
     not converge over the whole interval, which is tried first; on a CPU for more than
-    1,024 steps, while fewer are one window. Where several steps are taken as one (`chunk` of
-    [`Newton`][deer_ode.Newton]) it is as many of these as fit into the length.
+    1,024 steps, while fewer are one window. Where several steps are taken as one
+    (`chunk` of [`Newton`][deer_ode.Newton]) it is as many of these as fit into it.
 """
