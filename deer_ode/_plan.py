@@ -149,6 +149,8 @@ def plan_newton(
     several steps are taken as one.
     """
     total, state_size = recurrence.num_steps, recurrence.y0.shape[0]
+    if total == 0:
+        return Plan("newton", platform)
     linearisation = recurrence.choose(linearisation)
     fits = lambda n: linearisation.fits(n, state_size, recurrence.y0.dtype)
     is_default = window == "default"

@@ -214,7 +214,7 @@ def update(inputs, ys, damping, num_known, at_rounding, method):
     recurrence = make(*inputs)
     linearisation = recurrence.choose(Exact())
     largest = jnp.full(3, 8.0)
-    return method.update(
+    return method.step(
         linearisation, recurrence, ys, largest, damping, num_known, at_rounding
     )
 
