@@ -259,7 +259,9 @@ def _bound_on_steps(
 ) -> int | None:
     """`max_steps` where it is not given."""
     t0, t1, dt0 = equation.t0, equation.t1, equation.dt0
-    if bound is None and kwargs["event"] is not None and _is_endless(t0, t1):
+    # The latter is Diffrax's older name for the former.
+    events = kwargs["event"], kwargs["discrete_terminating_event"]
+    if bound is None and events != (None, None) and _is_endless(t0, t1):
         return _DIFFRAX_MAX_STEPS
     if bound is None and isinstance(
         kwargs["stepsize_controller"], diffrax.ConstantStepSize

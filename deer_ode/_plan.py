@@ -51,6 +51,26 @@ _OPERATIONS_PER_SECOND = 1e10
 _USUAL_ITERATIONS = 5
 _MOST_SECONDS = 60
 
+# Elimination of blocks of up to so many rows is written out as arithmetic: one kernel,
+# three to six times as fast as a call of LAPACK for each. Beyond it compiles slowly and
+# gains nothing (JAX 0.10).
+_WRITTEN_OUT = 4
+
+# CPU: up to this size elimination of all blocks at once takes less time than a call of
+# LAPACK for each, whose threads wait for each other: of 100 blocks of 32 rows 12 ms in
+# place of 3,700 on busy cores, of 64 rows 130 in place of 60 to 3,900 (JAX 0.12).
+_IN_A_LOOP = 64
+
+# Bytes of the Jacobians of implicit steps that are taken side by side. Reasoned, not
+# measured: as much as stays in a large cache, and keeps a GPU busy.
+_MOST_BYTES = 2**26
+
+# Operations per entry to make a Jacobian an array of its own. Derivatives through cheap
+# stages are one kernel with the rest: with one Jacobian for all, iterations took 1.0 to
+# 1.5 times as long on Lotka--Volterra, a rigid body and Henon--Heiles, and 0.4 to 0.8
+# times as long on networks of 2 to 16 states (JAX 0.10).
+_WORK_OF_ENTRY = 200
+
 # --- the platform -------------------------------------------------------------------
 
 _planned: contextvars.ContextVar[Platform | None] = contextvars.ContextVar(
@@ -212,3 +232,34 @@ def estimated_minutes(num_steps: int, state_size: int) -> float | None:
 def num_operations(num_steps: int, state_size: int) -> float:
     """Of one iteration with dense Jacobians."""
     return 4.0 * num_steps * state_size**3
+
+
+# --- parts of a step ----------------------------------------------------------------
+
+
+def elimination(
+    num_rows: int, platform: Platform
+) -> Literal["written out", "in a loop", "lapack"]:
+    """How blocks of `num_rows` equations are solved, many at a time."""
+    if num_rows <= _WRITTEN_OUT:
+        return "written out"
+    is_in_a_loop = platform == "cpu" and num_rows <= _IN_A_LOOP
+    return "in a loop" if is_in_a_loop else "lapack"
+
+
+def steps_at_a_time(bytes_per_step: int) -> int:
+    """How many implicit steps are taken side by side."""
+    return max(1, _MOST_BYTES // max(bytes_per_step, 1))
+
+
+def shares_jacobian(
+    num_stages: int, work_of_field: float | None, state_size: int, degree: int
+) -> bool:
+    """Whether one Jacobian for all stages, in a series of `degree` powers, is less work
+    than tangents through the stages of a field of so many operations.
+    """
+    # No count of operations is available: honour the request.
+    if work_of_field is None:
+        return True
+    saved = (num_stages - 1) * state_size * work_of_field
+    return saved > 2 * degree * state_size**3 + _WORK_OF_ENTRY * state_size**2

@@ -34,7 +34,7 @@ from .._misc import (
     previous_states,
 )
 from .._newton import Newton
-from .._plan import by_platform
+from .._plan import by_platform, elimination
 from .._predictor import Coarse, Constant
 from .._programs import without_checks
 from .._recurrence import AbstractRecurrence, Linearised, arbitrary_signs, cut
@@ -51,14 +51,6 @@ _ONE_STEP_AT_LAST = Newton(guess=Coarse(1))
 
 # A coarse trajectory is a guess: it pays to be about right, not to be exact.
 _ROUGHLY = Newton(guess=Constant(), rtol=1e-4, newton_max_steps=10, fallback=False)
-
-# Beyond this size elimination written out compiles slowly and gains nothing.
-_WRITTEN_OUT = 4
-
-# Up to this size elimination of all blocks at once takes less time on a CPU than a call
-# of LAPACK for each, whose threads wait for each other: of 100 blocks of 32 rows 12 ms
-# in place of 3,700 on busy cores, of 64 rows 130 in place of 60 to 3,900 (JAX 0.12).
-_IN_A_LOOP = 64
 
 # Two solutions of the equation of a step that are closer, relatively, are the same.
 _SAME = 1e-4
@@ -133,20 +125,15 @@ def solve_blocks(
     B: Float[Array, "steps n n"], right: Float[Array, "steps n columns"]
 ) -> Float[Array, "steps n columns"]:
     """$B_i^{-1} R_i$. A singular block gives what is not finite."""
-    if B.shape[-1] <= _WRITTEN_OUT:
-        return _eliminate(B, right)
-    by_lapack = jax.vmap(_solve_one)
-    if B.shape[-1] > _IN_A_LOOP:
-        return by_lapack(B, right)
-
-    def solve(platform):
-        return (_eliminate_in_a_loop if platform == "cpu" else by_lapack)(B, right)
-
-    return by_platform(solve)
+    ways = {
+        "written out": _eliminate,
+        "in a loop": _eliminate_in_a_loop,
+        "lapack": jax.vmap(_solve_one),
+    }
+    return by_platform(lambda p: ways[elimination(B.shape[-1], p)](B, right))
 
 
 def _solve_one(B, right):
-
     solver = lx.LU()
     state = solver.init(lx.MatrixLinearOperator(B), {})
     compute = lambda column: solver.compute(state, column, {})[0]

@@ -100,13 +100,7 @@ def explicit_rk_step(
 # Of the exponential's series. One Jacobian in the middle of a step is off by the third
 # power of its length anyway; the third power of the series is cheap, and all there is
 # of it where the field is linear.
-_DEGREE = 3
-
-# What it takes to make a Jacobian an array of its own, per entry. Derivatives through
-# cheap stages are one kernel with the rest: with one Jacobian for all, iterations took
-# 1.0 to 1.5 times as long on Lotka--Volterra, a rigid body and Henon--Heiles, and 0.4
-# to 0.8 times as long on networks of 2 to 16 states.
-_WORK_OF_ENTRY = 200
+DEGREE = 3
 
 
 def half_way(terms, t0, t1, y: Y, args: Args) -> Y:
@@ -126,7 +120,7 @@ def _with_exponential_jvp(primals, tangents):
     _, value, hJ = primals
     tangent, *_ = tangents
     out = tangent
-    for k in range(_DEGREE, 0, -1):
+    for k in range(DEGREE, 0, -1):
         out = tangent + matvec(hJ, out) / k
     return value, out
 
@@ -144,9 +138,3 @@ class SimplifiedStep(eqx.Module):
         hJ = jax.jacfwd(lambda middle: self.half_way(middle, x))((y0 + y1) / 2)
         # Any finite matrix will do where there is no derivative.
         return _with_exponential(y, *lax.stop_gradient((y1, finite(hJ))))
-
-
-def is_simplification(num_stages: int, work_of_field: float, state_size: int) -> bool:
-    """Whether that is less work, for a field of so many operations."""
-    saved = (num_stages - 1) * state_size * work_of_field
-    return saved > 2 * _DEGREE * state_size**3 + _WORK_OF_ENTRY * state_size**2

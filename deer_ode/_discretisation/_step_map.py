@@ -28,15 +28,16 @@ from .._misc import (
     previous_states,
     without_gradient,
 )
+from .._plan import shares_jacobian
 from .._programs import without_checks
 from .._recurrence import AbstractMapRecurrence
 from ._base import Grid
 from ._explicit_rk import (
+    DEGREE,
     SimplifiedStep,
     explicit_rk_step,
     half_way,
     is_explicit_rk,
-    is_simplification,
 )
 from ._increments import Draw, record_draw
 
@@ -295,11 +296,7 @@ class StepMap(AbstractMapRecurrence):
         y0 = jax.ShapeDtypeStruct(self.y0.shape, self.y0.dtype)
         with self.tracing():
             work = num_operations(self.half_way, y0, jtu.tree_map(one, self.xs))
-        # Where nobody knows, what was asked for is done.
-        saves = work is None or is_simplification(
-            self.num_stages, work, self.y0.shape[0]
-        )
-        if not saves:
+        if not shares_jacobian(self.num_stages, work, self.y0.shape[0], DEGREE):
             return self
         return eqx.tree_at(lambda r: r.f, self, SimplifiedStep(self.f, self.half_way))
 

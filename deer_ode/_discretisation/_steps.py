@@ -11,12 +11,8 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, Trajectory, Y
 from .._misc import StateFlattener, previous_states
+from .._plan import steps_at_a_time
 from ._step_map import StepMap, one_step, times_of, tracing_steps
-
-
-# Bytes of the Jacobians of implicit steps that are taken side by side. Reasoned, not
-# measured: as much as stays in a large cache, and keeps a GPU busy.
-_MOST_BYTES = 2**26
 
 
 class Steps(NamedTuple):
@@ -63,7 +59,7 @@ def take_steps(
             return jax.vmap(take)(starts, xs)
         # An implicit step works on a Jacobian: as many at a time as there is room for.
         bytes_per_step = starts.shape[1] ** 2 * starts.dtype.itemsize
-        at_a_time = max(1, _MOST_BYTES // max(bytes_per_step, 1))
+        at_a_time = steps_at_a_time(bytes_per_step)
         if at_a_time >= starts.shape[0]:
             return jax.vmap(take)(starts, xs)
         return lax.map(lambda step: take(*step), (starts, xs), batch_size=at_a_time)
