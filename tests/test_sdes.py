@@ -13,7 +13,14 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 
-from .helpers import DOORS, assert_close, assert_steps_agree, rounding, slow
+from .helpers import (
+    DOORS,
+    assert_close,
+    assert_steps_agree,
+    rounding,
+    slow,
+    slow_rows,
+)
 
 
 # Diffrax looks into one wrapper only for what a solver converges to.
@@ -293,11 +300,15 @@ def random_draw(levy_area, use_levy):
 
 @pytest.mark.parametrize(
     "levy_area,use_levy",
-    (
-        (AREA, False),
-        (diffrax.BrownianIncrement, True),
-        (AREA, True),
-        (AREAS, True),
+    slow_rows(
+        (
+            (AREA, False),
+            (diffrax.BrownianIncrement, True),
+            (AREA, True),
+            (AREAS, True),
+        ),
+        # The last has all that this one has.
+        lambda row: row == (AREA, True),
     ),
 )
 def test_increments_add_up(levy_area, use_levy):

@@ -247,8 +247,8 @@ FIRST_ORDER = ("Euler", "backward Euler", "ImplicitEuler")
 
 #: In the ordinary run every family, by a map or by equations, of each kind one.
 ORDINARY = {
-    "linear": ("Tsit5", "Euler"),
-    "quadratic": ("Tsit5", "Obreshkov"),
+    "linear": ("Euler",),
+    "quadratic": ("Obreshkov",),
     "gravity": ("Tsit5",),
     "oscillators": ("RadauIIA",),
 }
