@@ -165,14 +165,14 @@ def _can_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 def _check_fields(terms, t0, y0: Y, args: Args) -> None:
     """Whether what fields give looks like the state: for after something failed."""
     fields = terms.terms if isinstance(terms, diffrax.MultiTerm) else (terms,)
-    shapes = lambda tree: jtu.tree_map(jnp.shape, tree, is_leaf=lambda x: x is None)
+    shapes = lambda tree: jtu.tree_map(np.shape, tree, is_leaf=lambda x: x is None)
     for term in fields:
         if not isinstance(term, diffrax.ODETerm):
             continue
         field = term.vector_field
         out = eqx.filter_eval_shape(field, jnp.asarray(t0, float), y0, args)
         is_same = jtu.tree_structure(out) == jtu.tree_structure(y0) and all(
-            _can_broadcast(a.shape, jnp.shape(b))
+            _can_broadcast(np.shape(a), np.shape(b))
             for a, b in zip(jtu.tree_leaves(out), jtu.tree_leaves(y0), strict=True)
         )
         if not is_same:

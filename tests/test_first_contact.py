@@ -118,6 +118,14 @@ def test_an_end_at_infinity():
     np.testing.assert_allclose(ours.ts, stock.ts, rtol=1e-12)
 
 
+def test_errors_of_diffrax_are_its_own():
+    """Also where the state is a Python number, which the field returns as it is."""
+    event = diffrax.Event(lambda t, y, args, **kwargs: (y,))
+    term = diffrax.ODETerm(lambda t, y, args: y)
+    with pytest.raises(ValueError, match="Event functions must return a scalar"):
+        diffeqsolve(term, DEER(), 0, 1, 0.1, 1.0, event=event)
+
+
 def test_an_end_at_infinity_by_the_older_name():
     with pytest.warns(match="discrete_terminating_event"):
         event = diffrax.DiscreteTerminatingEvent(lambda state, **kwargs: state.y < 0)
