@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from deer_ode._demo import _fit
 from deer_ode._demo._command_line import main, speed
 
 
@@ -15,8 +16,16 @@ def _numbers(pattern: str, text: str) -> list[float]:
     return [float(x) for x in match.groups()]
 
 
-def test_run(tmp_path, capsys):
+def test_run(tmp_path, capsys, monkeypatch):
     out = tmp_path / "picture.png"
+    histories = {}
+    residual_history = _fit.residual_history
+
+    def record(*args):
+        histories.update(residual_history(*args))
+        return histories
+
+    monkeypatch.setattr(_fit, "residual_history", record)
     assert main(["--steps", "3", "--points", "200", "--out", str(out)]) == 0
     text = capsys.readouterr().out
 
@@ -44,6 +53,10 @@ def test_run(tmp_path, capsys):
     assert f"(JAX {jax.__version__}, " in text and " stock Diffrax: " in text
     for name in ("m1", "m2", "x(0)", "y(0)", "vx(0)", "vy(0)"):
         assert f"\n{name} " in text
+
+    # From each guess the residuals fall to rounding.
+    assert len(histories) == 3
+    assert all(history[-1] <= 1e-13 for history in histories.values())
 
     picture = out.read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")

@@ -288,7 +288,9 @@ def residual_history(
 
     @eqx.filter_jit
     def newton_step(predictor):
-        method = Newton(guess=predictor, newton_max_steps=1, fallback=False)
+        method = Newton(
+            guess=predictor, window=None, newton_max_steps=1, fallback=False
+        )
         saveat = diffrax.SaveAt(solver_state=True)
         sol = integrate(diffeqsolve, DEER(solver, method), system, grid, saveat, False)
         return sol.solver_state.ys, sol.result == diffrax.RESULTS.successful
