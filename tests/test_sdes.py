@@ -88,6 +88,7 @@ PROBLEMS = {
     "ShARK": (diffrax.ShARK(), lambda: sde(tree(AREA), additive)),
     "ALIGN": (diffrax.ALIGN(), lambda: langevin(tree(AREA))),
     "ShOULD": (diffrax.ShOULD(), lambda: langevin(tree(AREAS))),
+    "QUICSORT": (diffrax.QUICSORT(), lambda: langevin(tree(AREAS))),
     "half steps": (diffrax.HalfSolver(diffrax.Euler()), lambda: sde(tree())),
     "unsafe path": (
         diffrax.Heun(),
@@ -112,7 +113,7 @@ def solve(how, name, t0=0.0, t1=1.0, **kwargs):
 
 
 # The others are in the table of all solvers.
-ORDINARY = ("ShOULD",)
+ORDINARY = ("ShOULD", "QUICSORT")
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,12 @@ def _wrapped_solver(solver) -> diffrax.AbstractSolver | None:
     return inner if isinstance(inner, diffrax.AbstractSolver) else None
 
 
+def _innermost(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
+    while (inner := _wrapped_solver(solver)) is not None:
+        solver = inner
+    return solver
+
+
 def check_one_step(solver: diffrax.AbstractSolver) -> None:
     """Refuses the solvers whose steps depend on more than the state before them."""
     inner = _wrapped_solver(solver)
@@ -112,8 +118,11 @@ def one_step(solver: diffrax.AbstractSolver, terms, t0, t1, y0: Y, args: Args):
     solver = _with_differentiable_loops(solver)
     state = solver.init(terms, t0, t1, y0, args)
     _check_stateless(solver, state)
+    # `init` evaluates the state of these. (After a jump Diffrax 0.7.2 evaluates it
+    # again, and fails for `QUICSORT`, which has none.)
+    made_jump = not isinstance(_innermost(solver), diffrax.AbstractFosterLangevinSRK)
     y1, y_error, dense_info, _, result = solver.step(
-        terms, t0, t1, y0, args, state, made_jump=True
+        terms, t0, t1, y0, args, state, made_jump=made_jump
     )
     return y1, y_error, dense_info, result
 
