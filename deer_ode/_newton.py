@@ -30,7 +30,7 @@ from ._damping import AbstractDamping, Undamped
 from ._linearisation import AbstractLinearisation, Dense, Exact, SharedJacobian
 from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
 from ._misc import describe, finite, hold_last_good, is_reasonable, leading_true
-from ._plan import Plan, estimated_minutes, num_operations, plan_newton
+from ._plan import Plan, dense_operations, estimated_minutes, plan_newton
 from ._predictor import AbstractPredictor, Coarse
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
 from ._shooting import Chunks
@@ -268,7 +268,7 @@ def _warn_of_long_solves(
     minutes = estimated_minutes(num_steps, size)
     if minutes is None or not linearisation.is_dense:
         return
-    operations = num_operations(num_steps, size)
+    operations = dense_operations(num_steps, size)
     warnings.warn(
         f"Newton's method on {num_steps:,} steps of a state of {size:,} numbers: "
         f"about {operations:.0e} operations per iteration, some {minutes:.0f} minutes "

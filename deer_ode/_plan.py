@@ -37,7 +37,7 @@ _WINDOW = 256
 # interval is not tried: it would double the time of compilation.
 _CPU_WHOLE = 1024
 
-# CPU: solves of at least so many steps are solved one after the other under `vmap`, as
+# CPU: from so many steps on the members of a batch (`vmap`) are solved sequentially, as
 # each of them can use both cores. Reasoned, not measured.
 _LONG = 1024
 
@@ -137,7 +137,7 @@ class Plan:
     chunk: int = 1
     """How many steps are taken as one."""
     is_batch_sequential: bool = False
-    """Whether the members of a batch are solved one after the other."""
+    """Whether the members of a batch are solved sequentially."""
     linearisation: Any = None
     """Which Jacobian is used, chosen by its structure; `None` for the method's own."""
 
@@ -223,14 +223,14 @@ def estimated_minutes(num_steps: int, state_size: int) -> float | None:
     """How long Newton's method takes with dense Jacobians, if that is worth a warning:
     more than a minute on a CPU. A model's figure.
     """
-    seconds = _USUAL_ITERATIONS * num_operations(num_steps, state_size)
+    seconds = _USUAL_ITERATIONS * dense_operations(num_steps, state_size)
     seconds = seconds / _OPERATIONS_PER_SECOND
     is_long = default_platform() == "cpu" and seconds >= _MOST_SECONDS
     return seconds / 60 if is_long else None
 
 
-def num_operations(num_steps: int, state_size: int) -> float:
-    """Of one iteration with dense Jacobians."""
+def dense_operations(num_steps: int, state_size: int) -> float:
+    """Floating-point operations of one iteration with dense Jacobians."""
     return 4.0 * num_steps * state_size**3
 
 

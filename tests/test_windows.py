@@ -370,8 +370,8 @@ def test_lorenz(solver, dt0, window):
 
 
 def test_windows_begin_afresh():
-    """What the whole interval was led astray by is nothing to them, as planned for an
-    accelerator; and it is not entered again.
+    """After the whole interval, which does not converge, as planned for an accelerator,
+    they leave no step sequential.
     """
     arguments = (diffrax.Heun(), Newton(), 30.0, 0.005, jnp.ones(3))
     with tracing_for("accelerator"):
