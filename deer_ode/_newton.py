@@ -147,9 +147,12 @@ class Newton(AbstractMethod):
     def solve(self, recurrence: AbstractRecurrence, plan: Plan) -> TrajectorySolution:
         if recurrence.num_steps == 0 or recurrence.y0.shape[0] == 0:
             return solve_sequentially(recurrence)
-        _warn_of_long_solves(recurrence, plan.linearisation)
-        recurrence = self._simplified(recurrence, plan.linearisation)
-        method = dataclasses.replace(self, linearisation=plan.linearisation)
+        chosen = plan.linearisation
+        if chosen is None:
+            chosen = recurrence.choose(self.linearisation)
+        _warn_of_long_solves(recurrence, chosen)
+        recurrence = self._simplified(recurrence, chosen)
+        method = dataclasses.replace(self, linearisation=chosen)
         if not plan.is_batch_sequential or self.progress_meter is not None:
             return method._run(recurrence, plan)
         # A member that has converged costs nothing more, and memory is that of one.
