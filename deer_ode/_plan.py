@@ -61,6 +61,19 @@ _WRITTEN_OUT = 4
 # place of 3,700 on busy cores, of 64 rows 130 in place of 60 to 3,900 (JAX 0.12).
 _IN_A_LOOP = 64
 
+# CPU: up to this size XLA is quicker with multiply-and-add than with a batched matrix
+# product, which costs a call per matrix. No figures were kept, nor is it measured with
+# JAX 0.12; `python -m benchmarks --only affine` would show it.
+SMALL_MATRIX = 8
+
+# Up to this size sums of products are written out, so that they fuse with what is
+# around them. No figures were kept either.
+TINY_MATRIX = 4
+
+# A loop over sequential steps after windows writes at most so many states at once: one
+# that holds the whole trajectory would copy it. Reasoned, not measured.
+STRETCH = 256
+
 # Bytes of the Jacobians of implicit steps that are taken side by side. Reasoned, not
 # measured: as much as stays in a large cache, and keeps a GPU busy.
 _MOST_BYTES = 2**26

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._custom_types import Mask, State, Trajectory
 from ._method import TrajectorySolution, first_nonfinite_step
 from ._misc import finite, hold_last_good, is_reasonable, leading_true, state_at
-from ._plan import Plan
+from ._plan import STRETCH, Plan
 from ._predictor import AbstractPredictor
 from ._recurrence import AbstractRecurrence
 
@@ -33,10 +33,6 @@ _QUARTER = 4
 
 # The number of sequential steps doubles with each failure, at most so often.
 _MOST_DOUBLINGS = 20
-
-# A loop over sequential steps writes at most so many of them at once: one that holds
-# the whole trajectory would copy it.
-_STRETCH = 256
 
 
 class Updated(NamedTuple):
@@ -400,7 +396,7 @@ class Solve:
 
     def take_steps(self, progress: Progress) -> Progress:
         """Takes sequential steps from the first one that has not converged on."""
-        num_good, length = progress.num_good, min(self.window, _STRETCH)
+        num_good, length = progress.num_good, min(self.window, STRETCH)
         stop = jnp.full_like(num_good, self.num_steps)
         if self.plan.window is not None:
             is_spent = progress.tally.work >= self.max_steps

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-
-# Up to this size XLA on CPU is quicker with multiply-and-add than with a batched
-# matrix product, which costs a call per matrix.
-_SMALL = 8
-
-# Up to this size sums are written out.
-_TINY = 4
+from .._plan import SMALL_MATRIX, TINY_MATRIX
 
 
 def matvec(
@@ -24,7 +18,7 @@ def matvec(
     """$A y$, batched over leading axes, in $O(n^2)$ work."""
     if y.shape[-1] == 1:
         return A[..., 0] * y
-    if y.shape[-1] <= _SMALL:
+    if y.shape[-1] <= SMALL_MATRIX:
         return jnp.sum(A * y[..., None, :], axis=-1)
     return jnp.matmul(A, y[..., None], precision=lax.Precision.HIGHEST)[..., 0]
 
@@ -38,7 +32,7 @@ def matvec_in_loop(
     with sums; and products of large ones with a vector are quicker than with a column.
     """
     size = y.shape[-1]
-    if 1 < size <= _TINY or size > _SMALL:
+    if 1 < size <= TINY_MATRIX or size > SMALL_MATRIX:
         return jnp.matmul(A, y, precision=lax.Precision.HIGHEST)
     return matvec(A, y)
 
@@ -47,7 +41,7 @@ def matmul(
     A: Float[Array, "*batch rows inner"], B: Float[Array, "*batch inner columns"]
 ) -> Float[Array, "*batch rows columns"]:
     """$A B$, batched over leading axes, in $O(n^3)$ work."""
-    if A.shape[-1] <= _TINY:
+    if A.shape[-1] <= TINY_MATRIX:
         # Written out it fuses with what is around it; a reduction would not.
         products = [A[..., :, k, None] * B[..., None, k, :] for k in range(A.shape[-1])]
         return sum(products[1:], products[0])
