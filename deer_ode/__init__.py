@@ -45,6 +45,7 @@ from ._newton import Newton as Newton
 from ._parallel_adjoint import ParallelAdjoint as ParallelAdjoint
 from ._predictor import (
     AbstractPredictor as AbstractPredictor,
+    Adaptive as Adaptive,
     Coarse as Coarse,
     Constant as Constant,
     Trajectory as Trajectory,

@@ -14,7 +14,7 @@ from ._custom_types import Mask, Trajectory
 from ._linearisation import AbstractLinearisation, Exact
 from ._misc import leading_true
 from ._plan import Plan, Platform, default_platform
-from ._predictor import AbstractPredictor, Coarse
+from ._predictor import AbstractPredictor, Adaptive
 from ._recurrence import AbstractRecurrence
 
 
@@ -178,7 +178,7 @@ class Sequential(AbstractMethod):
 
     @property
     def guess(self):
-        return Coarse()  # not looked at
+        return Adaptive()  # not looked at
 
     @property
     def fallback(self):

@@ -31,7 +31,7 @@ from ._linearisation import AbstractLinearisation, Dense, Exact, SharedJacobian
 from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
 from ._misc import describe, finite, hold_last_good, is_reasonable, leading_true
 from ._plan import Plan, dense_operations, estimated_minutes, plan_newton
-from ._predictor import AbstractPredictor, Coarse
+from ._predictor import AbstractPredictor, Adaptive
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
 from ._shooting import Chunks
 from ._solve import Progress, Solve, Updated
@@ -70,7 +70,7 @@ class Newton(AbstractMethod):
     """
 
     linearisation: AbstractLinearisation = Exact()
-    guess: AbstractPredictor = Coarse()  # pyright: ignore
+    guess: AbstractPredictor = Adaptive()  # pyright: ignore
     rtol: float | None = None
     atol: float | None = None
     norm: Callable[[Array], Array] = eqx.field(static=True, default=optx.max_norm)
@@ -89,7 +89,7 @@ class Newton(AbstractMethod):
             )
         if not isinstance(self.guess, AbstractPredictor):
             raise ValueError(
-                "`Newton(guess=...)` must be a predictor: `Coarse()`, `Constant()` or "
+                "`Newton(guess=...)` must be a predictor such as `Adaptive()` or "
                 f"`Trajectory(ys)`; got {describe(self.guess)}."
             )
         if not isinstance(self.damping, AbstractDamping):
@@ -287,8 +287,8 @@ Newton.__init__.__doc__ = """**Arguments:**
 
 - `linearisation`: which Jacobian to use: by default [`deer_ode.Exact`][], all of it
     without the zeros that it is bound to have.
-- `guess`: the initial trajectory: [`deer_ode.Coarse`][], [`deer_ode.Constant`][] or
-    [`deer_ode.Trajectory`][].
+- `guess`: the initial trajectory: [`deer_ode.Adaptive`][], [`deer_ode.Coarse`][],
+    [`deer_ode.Constant`][] or [`deer_ode.Trajectory`][].
 - `rtol`, `atol`: tolerances for the residual of a step, relative and in units of the
     state (or of the equation that the step is). By default a small multiple of rounding
     (64 units) and nothing, so that the answer is that of the sequential solver up to

@@ -27,7 +27,7 @@ class AbstractPredictor(eqx.Module):
 
         That is itself for a predictor that needs to know no more than the recurrence.
         """
-        return Coarse()
+        return Adaptive()
 
 
 class Constant(AbstractPredictor):
@@ -45,11 +45,10 @@ class Coarse(AbstractPredictor):
     """A sequential solve that takes every so many steps at once, interpolated.
 
     For a differential equation: the base solver on every `every`-th point of the grid,
-    with the base solver's own interpolation between. Costs `1 / every` of a sequential
-    solve. (The steps of [`deer_ode.Obreshkov`][] are long already: it is guessed by
-    `Tsit5` on every `every // 8`-th point, so on each of them by default.) Where the
-    coarse solve blows up, the last finite state is held from there on. Recurrences that
-    are not discretised in time start from a constant.
+    with its own interpolation between (for a stochastic one, a step from each coarse
+    point to each fine one, on summed increments). Costs `1 / every` of a sequential
+    solve. Where the coarse solve blows up, the last finite state is held from there on.
+    Recurrences that are not discretised in time start from a constant.
     """
 
     every: int = eqx.field(static=True, default=8)
@@ -70,6 +69,61 @@ class Coarse(AbstractPredictor):
 Coarse.__init__.__doc__ = """**Arguments:**
 
 - `every`: how many steps of the grid one coarse step spans.
+"""
+
+
+class Adaptive(AbstractPredictor):
+    r"""An adaptive solve at a loose tolerance, interpolated. The default.
+
+    It resolves the solution and not the grid, so it takes as many sequential steps on
+    a grid as fine as one likes: 100 to 300 for the usual test problems. By
+    `diffrax.Dopri8`, or `diffrax.Kvaerno5` where the base solver is one for stiff
+    equations (implicit, exponential or collocation at Radau's nodes). The absolute
+    tolerance is a thousandth of the relative one, times the largest entry of $y_0$.
+
+    At most $T / 4 + 256$ steps are attempted for a grid of $T$ steps; beyond those the
+    last state is held. What is not an ordinary differential equation (a control, a
+    Brownian path, an algebraic equation, a symplectic splitting) is guessed by
+    [`deer_ode.Coarse`][], and a recurrence that is not discretised in time starts from
+    a constant.
+
+    !!! example
+
+        >>> import diffrax
+        >>> import jax.numpy as jnp
+        >>> from deer_ode import Adaptive, DEER, Newton, diffeqsolve
+        >>> decay = diffrax.ODETerm(lambda t, y, args: -y)
+        >>> method = Newton(guess=Adaptive(rtol=1e-3))
+        >>> solver = DEER(diffrax.Tsit5(), method)
+        >>> sol = diffeqsolve(decay, solver, 0, 1, 0.01, jnp.array(1.0))
+        >>> round(float(sol.ys[0]), 6)
+        0.367879
+    """
+
+    rtol: float | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        if self.rtol is not None and not self.rtol > 0:
+            raise ValueError(
+                f"`Adaptive(rtol=...)` must be a positive number; got {self.rtol}."
+            )
+
+    def __call__(self, recurrence):
+        ys = recurrence.adaptive_trajectory(self.rtol)
+        return Coarse()(recurrence) if ys is None else ys
+
+    def for_window(self):
+        return self
+
+
+Adaptive.__init__.__doc__ = """**Arguments:**
+
+- `rtol`: the relative tolerance; by default 1e-6, or 1e-4 for stiff equations, and no
+    less than 64 units of rounding.
+
+**Raises:**
+
+- `ValueError`: if it is not positive.
 """
 
 

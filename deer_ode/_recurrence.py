@@ -197,6 +197,13 @@ class AbstractRecurrence(eqx.Module):
         Entries need not be finite.
         """
 
+    def adaptive_trajectory(self, rtol: float | None) -> Trajectory | None:
+        """An approximate answer by an adaptive solve to a relative tolerance, or to the
+        default one; `None` where there is no ordinary differential equation.
+        """
+        del rtol
+        return None
+
 
 def cut(
     xs: PyTree[Array], start: Int[Array, ""], length: int, axis: int = 0
@@ -258,10 +265,6 @@ class AbstractMapRecurrence(AbstractRecurrence):
     @property
     def prefers_sequential(self):
         return True
-
-    def coarse_ends(self, every: int) -> Trajectory:
-        """`coarse_trajectory` where its strides end, if they divide the steps."""
-        return self.coarse_trajectory(every)[every - 1 :: every]
 
     def padded(self, num_steps: int) -> "AbstractMapRecurrence":
         """With further steps, that can be taken but mean nothing."""

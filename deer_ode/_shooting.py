@@ -146,10 +146,11 @@ class Chunks(AbstractMapRecurrence):
         return self.fold(self.steps.flatten(ys))
 
     def coarse_trajectory(self, every):
-        if self.size % every == 0:
-            stride = self.size // every
-            return self.steps.coarse_ends(every)[stride - 1 :: stride]
         return self.fold(self.steps.coarse_trajectory(every))
+
+    def adaptive_trajectory(self, rtol):
+        ys = self.steps.adaptive_trajectory(rtol)
+        return None if ys is None else self.fold(ys)
 
     def unfold(
         self, solution: TrajectorySolution, num_steps: int, fallback: bool

@@ -389,7 +389,7 @@ def test_a_bad_guess():
     call = (term, solver, 0, 10, 0.05, y0, 1.0)
     found = diagnose(diffeqsolve, *call, max_iterations=5)
     assert not found.converged and found.guess_error > 0.5
-    assert "Coarse(every=2)" in found.recommendation
+    assert "Adaptive(rtol=1e-8)" in found.recommendation
     slow = diagnose(diffeqsolve, *call)
     assert slow.converged and slow.num_iterations > 10
     assert f"in {slow.num_iterations} iterations" in slow.recommendation
@@ -402,7 +402,7 @@ def test_a_bad_guess_of_a_recurrence():
     )
     assert found.horizon < 0 and not found.converged
     assert "`guess=`" in found.recommendation
-    assert "Coarse" not in found.recommendation
+    assert "Adaptive" not in found.recommendation
 
 
 def test_linearisation_that_leaves_much_out():

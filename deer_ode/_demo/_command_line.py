@@ -151,7 +151,7 @@ def _draw(path: str, task, training) -> None:
             model.start, training.states.shape
         ),
         "the orbit before the fit": training.first_states,
-        "a coarse solve (default)": None,
+        "an adaptive solve (default)": None,
     }
     histories = fit.residual_history(task, model, guesses)
     picture.plot(path, task, training, histories)

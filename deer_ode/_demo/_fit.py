@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .._integrate import diffeqsolve
 from .._newton import Newton
-from .._predictor import Coarse, Trajectory
+from .._predictor import Adaptive, Trajectory
 from .._solver import DEER
 from ._system import (
     NOISE,
@@ -300,7 +300,7 @@ def residual_history(
         history = [np.nan if ys is None else float(residual(ys))]
         is_done = False
         while not is_done and len(history) <= _MAX_HISTORY:
-            ys, is_done = newton_step(Coarse() if ys is None else Trajectory(ys))
+            ys, is_done = newton_step(Adaptive() if ys is None else Trajectory(ys))
             history.append(float(residual(ys)))
         histories[name] = history
     return histories

@@ -119,7 +119,7 @@ def integrate(
 
     Newton's method starts from its default guess. The solution of the last gradient
     step, by way of `solver_state`, takes as long here: with so many points to an orbit
-    a coarse solve is a better guess than the orbit of slightly different parameters.
+    an adaptive solve is a better guess than the orbit of slightly different parameters.
     """
     return run(
         TERM,

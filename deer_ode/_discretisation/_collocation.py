@@ -26,6 +26,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, previous_states
+from ._adaptive import flat_field
 from ._base import Grid
 from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
 from ._hermite import fraction_of_step
@@ -120,11 +121,15 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
     equation: Callable[[Any, State, State, Grid], State]
     r"""`(t, Y, h dY/dt, x)` to what has to vanish, in the step `x`."""
     nodes: Nodes = eqx.field(static=True)
+    ode: Callable[[Any, State], State] | None = eqx.field(static=True)
+    is_stiff: bool = eqx.field(static=True)
     is_solved: bool = eqx.field(static=True)
     r"""Whether the equation is $h \dot Y$ less something that depends on $Y$ alone."""
 
     def __init__(self, terms, grid: Grid, y0: Y, args: Args, nodes: Nodes):
         self.flattener = flattener = StateFlattener(y0)
+        self.ode = flat_field(terms, args, flattener)
+        self.is_stiff = nodes.c[-1] == 1
         self.nodes = nodes
         residual = implicit_residual(terms)
         self.is_solved = residual is None

@@ -11,6 +11,7 @@ each iteration over the grid; here there is only the one.
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import diffrax
@@ -38,6 +39,7 @@ from .._plan import by_platform, elimination
 from .._predictor import Coarse, Constant
 from .._programs import without_checks
 from .._recurrence import AbstractRecurrence, Linearised, arbitrary_signs, cut
+from ._adaptive import adaptive_trajectory
 from ._base import Grid
 from ._step_map import tracing_steps
 from ._steps import Steps
@@ -157,11 +159,18 @@ class AbstractEquationRecurrence(AbstractRecurrence):
 
     Its states may hold more than the solution: the last entries, as many as the user's
     state has, are the solution at the end of a step.
+
+    **Fields:**
+
+    - `ode`: `(t, y)` to the time derivative, flat, for ordinary differential equations.
+    - `is_stiff`: whether the solver is one for stiff equations.
     """
 
     y0: eqx.AbstractVar[State]
     grid: eqx.AbstractVar[Grid]
     flattener: eqx.AbstractVar[StateFlattener]
+    ode: eqx.AbstractVar[Callable[[Any, State], State] | None]
+    is_stiff: eqx.AbstractVar[bool]
 
     @property
     def num_steps(self):
@@ -322,6 +331,13 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         distance = jnp.max(jnp.abs(alone - ys), axis=-1)
         size = jnp.max(jnp.abs(ys), axis=-1)
         return (distance <= _SAME * size) | ~self.grid.active
+
+    def adaptive_trajectory(self, rtol):
+        if self.ode is None:
+            return None
+        y0 = self.states(self.y0[None])[0]
+        ys = adaptive_trajectory(self.ode, self.grid, y0, rtol, self.is_stiff)
+        return self.from_states(ys)
 
     def coarse_trajectory(self, every):
         coarse_grid = self.grid.coarsen(every)

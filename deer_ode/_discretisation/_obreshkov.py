@@ -22,8 +22,9 @@ from jaxtyping import Array, Float
 
 from .._affine import matmul
 from .._custom_types import Args, State, Trajectory, Y
-from .._foreign import has_control_derivative, nextafter, prevbefore, unwrap
+from .._foreign import has_control_derivative, nextafter, prevbefore
 from .._misc import StateFlattener, previous_states
+from ._adaptive import flat_field
 from ._base import Grid
 from ._equations import (
     AbstractEquationRecurrence,
@@ -36,9 +37,6 @@ from ._step_map import tracing_steps
 
 
 Jacobians = tuple[Float[Array, "steps state state"], ...]
-
-# How many times shorter than for other methods the steps of a coarse guess are.
-_SHORTER = 8
 
 # The end of a step is the one nearby if it is where an explicit step ends, up to this
 # fraction of what the step moves, and this fraction of the state where nothing moves.
@@ -96,43 +94,31 @@ def _with_third(J0: Jacobians, J1: Jacobians, h: Array) -> tuple[Jacobians, ...]
     )
 
 
-def _is_ode(term) -> bool:
-    """Whether the field of `term` is one of time and state alone."""
-    if isinstance(term, diffrax.MultiTerm):
-        return all(_is_ode(t) for t in term.terms)
-    if wrapped := unwrap(term):
-        return _is_ode(wrapped[0])
-    return isinstance(term, diffrax.ODETerm)
-
-
 class _ObreshkovRecurrence(AbstractEquationRecurrence):
     y0: State
     grid: Grid
     flattener: StateFlattener
     field: Callable[[Any, State, Grid], State]
     """`(t, y, x)` to the time derivative at `t` within the step `x`."""
+    ode: Callable[[Any, State], State] | None = eqx.field(static=True)
+    is_stiff = False
     num_derivatives: int = eqx.field(static=True)
     is_shared: bool = eqx.field(static=True)
 
     def __init__(self, terms, grid: Grid, y0: Y, args: Args, num_derivatives: int):
         self.flattener = flattener = StateFlattener(y0)
         self.num_derivatives = num_derivatives
-        is_ode = _is_ode(terms)
+        self.ode = ode = flat_field(terms, args, flattener)
         # A control may jump at the points of the grid, and so differ on either side.
-        self.is_shared = is_ode and not has_control_derivative(terms)
+        self.is_shared = ode is not None and not has_control_derivative(terms)
 
         def field(t, y, x):
-            if is_ode:
-                zero = jnp.zeros_like(t)
-                control = terms.contr(zero, zero + 1)
-            else:
-                control = terms.contr(x.tprev, x.tnext)
-            product = flattener.flatten(
-                terms.vf_prod(t, flattener.unflatten(y), args, control)
-            )
-            if is_ode:
-                return product
+            if ode is not None:
+                return ode(t, y)
             # The control moves at a constant rate within a step.
+            control = terms.contr(x.tprev, x.tnext)
+            product = terms.vf_prod(t, flattener.unflatten(y), args, control)
+            product = flattener.flatten(product)
             return product / (x.tnext - x.tprev).astype(product.dtype)
 
         self.y0 = flattener.flatten(y0)
@@ -267,45 +253,12 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         return states
 
     def predict_step(self):
-        return self._explicit_trajectory(1)[0]
-
-    def coarse_trajectory(self, every):
-        """Explicit steps, one after the other; what is not stable is held."""
-        # These steps are long already, and a guess has to resolve the solution.
-        return self._explicit_trajectory(max(every // _SHORTER, 1))
-
-    def _explicit_step_and_slope(self, y, x):
-        term = diffrax.ODETerm(lambda t, y, args: self.field(t, y, x))
-        y1, _, info = explicit_rk_step(diffrax.Tsit5(), term, x.tprev, x.tnext, y, None)
-        return y1, info["k"][0]
+        first = jtu.tree_map(lambda x: x[0], self.grid)
+        return jnp.where(first.active, self._explicit_step(self.y0, first), self.y0)
 
     def _explicit_step(self, y, x):
-        return self._explicit_step_and_slope(y, x)[0]
-
-    def _explicit_trajectory(self, every):
-        grid = self.grid.coarsen(every)
-        num_coarse = grid.num_steps
-
-        def step(y, x):
-            y1, k = self._explicit_step_and_slope(y, x)
-            return jnp.where(x.active, y1, y), (y, k)
-
-        last, (starts, slopes) = lax.scan(step, self.y0, grid)
-        ends = jnp.concatenate([starts[1:], last[None]])
-        if every == 1:
-            return ends
-        # Hermite's cubic; the last step, which has no slope after it, goes straight.
-        after = jnp.concatenate([slopes[1:], (last - starts[-1])[None]])
-        padding = num_coarse * every - self.num_steps
-        ts = jnp.pad(self.grid.tnext, (0, padding), mode="edge")
-        between = lambda x, y0, y1, k0, k1, t: HermiteInterpolation(
-            t0=x.tprev, t1=x.tnext, y0=y0, y1=y1, derivatives0=(k0,), derivatives1=(k1,)
-        ).evaluate(t)
-        ys = jax.vmap(jax.vmap(between, in_axes=(None,) * 5 + (0,)))(
-            grid, starts, ends, slopes, after, ts.reshape(num_coarse, every)
-        )
-        ys = ys.reshape(num_coarse * every, -1)[: self.num_steps]
-        return jnp.where(self.grid.active[:, None], ys, ends[-1:])
+        term = diffrax.ODETerm(lambda t, y, args: self.field(t, y, x))
+        return explicit_rk_step(diffrax.Tsit5(), term, x.tprev, x.tnext, y, None)[0]
 
     def _num_interpolated(self):
         return 2 if self.num_derivatives > 2 else 1
@@ -355,7 +308,7 @@ class Obreshkov(AbstractEquationSolver, diffrax.AbstractAdaptiveSolver):
     In parallel time an implicit formula costs no more than an explicit one: the one
     Newton iteration over the grid solves its equations as well. The field, its
     derivatives and its Jacobian are worked out once per point of the grid and nothing
-    at any stage between, which makes this the default of [`deer_ode.DEER`][].
+    at any stage between.
 
     Stable for every step size, without damping what is infinitely stiff: for that, see
     [`deer_ode.RadauIIA`][]. The field has to be as often differentiable as there are

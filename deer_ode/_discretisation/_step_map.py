@@ -31,6 +31,7 @@ from .._misc import (
 from .._plan import shares_jacobian
 from .._programs import without_checks
 from .._recurrence import AbstractMapRecurrence
+from ._adaptive import adaptive_trajectory, flat_field
 from ._base import Grid
 from ._explicit_rk import (
     DEGREE,
@@ -39,6 +40,7 @@ from ._explicit_rk import (
     half_way,
     is_explicit_rk,
 )
+from ._exponential import AbstractExponentialRosenbrock
 from ._increments import Draw, record_draw
 
 
@@ -49,6 +51,9 @@ _RESTARTABLE = (
     diffrax.AbstractSRK,
     diffrax.AbstractFosterLangevinSRK,
 )
+
+# Solvers of stiff equations, which explicit steps cannot guess.
+_STIFF = (diffrax.AbstractImplicitSolver, AbstractExponentialRosenbrock)
 
 
 def _wrapped_solver(solver) -> diffrax.AbstractSolver | None:
@@ -159,10 +164,14 @@ class StepMap(AbstractMapRecurrence):
     half_way: Callable[[State, StepInputs], State] | None = eqx.field(static=True)
     """The field in the middle of a step, times its length, for explicit ones."""
     num_stages: int = eqx.field(static=True)
+    ode: Callable[[Any, State], State] | None = eqx.field(static=True)
+    """`(t, y)` to the time derivative, for ordinary differential equations."""
     flattener: StateFlattener
     harmless: tuple[State, StepInputs]
     """A state and a step from it that can be differentiated: the first one."""
     is_explicit: bool = eqx.field(static=True)
+    is_stiff: bool = eqx.field(static=True)
+    """Whether the solver is one for stiff equations."""
 
     def __init__(
         self,
@@ -218,6 +227,8 @@ class StepMap(AbstractMapRecurrence):
         # whose derivatives nobody asks for.
         self.with_info, self.between = with_info, between
         self.half_way, self.num_stages = None, 1
+        self.ode = flat_field(terms, args, flattener)
+        self.is_stiff = isinstance(_innermost(solver), _STIFF)
         if is_explicit_rk(solver):
             self.half_way = half_way_through
             self.num_stages = solver.tableau.num_stages  # pyright: ignore
@@ -326,14 +337,16 @@ class StepMap(AbstractMapRecurrence):
             )
             return values, A
 
-    def _coarse(self, every):
-        """Where strides of `every` sequential steps end, what their interpolation
-        needs, what they were, and the sums of Brownian increments from their starts.
-        """
-        grid = self.xs.grid
+    def adaptive_trajectory(self, rtol):
+        if self.ode is None:
+            return None
+        return adaptive_trajectory(self.ode, self.xs.grid, self.y0, rtol, self.is_stiff)
+
+    def coarse_trajectory(self, every):
+        grid, num_steps = self.xs.grid, self.num_steps
         coarse_grid = grid.coarsen(every)
         num_coarse = coarse_grid.num_steps
-        padding = num_coarse * every - self.num_steps
+        padding = num_coarse * every - num_steps
 
         def blocks(x):
             # Nothing comes from steps that are not made.
@@ -357,18 +370,8 @@ class StepMap(AbstractMapRecurrence):
 
         _, (ends, infos) = lax.scan(step, self.y0, coarse)
         ends = hold_last_good(self.y0, ends, is_reasonable(ends))
-        return ends, infos, coarse, sums
-
-    def coarse_ends(self, every):
-        return self._coarse(every)[0]
-
-    def coarse_trajectory(self, every):
-        grid, num_steps = self.xs.grid, self.num_steps
-        ends, infos, coarse, sums = self._coarse(every)
         if every == 1:
             return ends
-        num_coarse = ends.shape[0]
-        padding = num_coarse * every - num_steps
         if sums is None:
             # Within a coarse step only the time differs, so the step is taken once.
             ts = jnp.pad(grid.tnext, (0, padding), mode="edge")

@@ -1,0 +1,142 @@
+"""The guess by an adaptive solve."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deer_ode import DEER, Adaptive, Coarse, Newton, Obreshkov, RadauIIA, diffeqsolve
+from deer_ode._discretisation import Grid, discretise
+from deer_ode._foreign import body_of, inner_programs
+from deer_ode._plan import most_attempts, tracing_for
+
+from .helpers import ROOT_FINDER, slow_rows
+
+
+def van_der_pol(t, y, args):
+    del t, args
+    return jnp.stack([y[1], 5 * (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+def fitzhugh_nagumo(t, y, args):
+    del t, args
+    v, w = y
+    return jnp.stack([v - v**3 / 3 - w + 0.5, 0.08 * (v + 0.7 - 0.8 * w)])
+
+
+def kepler(t, y, args):
+    del t, args
+    return jnp.concatenate([y[2:], -y[:2] / jnp.sum(y[:2] ** 2) ** 1.5])
+
+
+PROBLEMS = {
+    "Van der Pol": (van_der_pol, [2.0, 0.0], 40.0),
+    "FitzHugh-Nagumo": (fitzhugh_nagumo, [-1.0, 1.0], 200.0),
+    "Kepler": (kepler, [0.1, 0.0, 0.0, 19**0.5], 12.56),
+}
+
+
+# With a guess on every eighth point of the grid: 54, 29 with 683 sequential steps, 16.
+@pytest.mark.parametrize(
+    "name, solver",
+    slow_rows(
+        [(name, s) for name in PROBLEMS for s in (diffrax.Tsit5(), Obreshkov())],
+        lambda row: row[0] != "FitzHugh-Nagumo" or isinstance(row[1], Obreshkov),
+    ),
+)
+def test_few_iterations(name, solver):
+    field, y0, t1 = PROBLEMS[name]
+    sol = diffeqsolve(
+        diffrax.ODETerm(field), DEER(solver, Newton()), 0, t1, t1 / 1000, jnp.array(y0)
+    )
+    assert int(sol.stats["num_newton_steps"]) <= 6
+    assert int(sol.stats["num_fallback_steps"]) == 0
+
+
+def recurrence(solver, field=van_der_pol, y0=(2.0, 0.0), num_steps=1000, t1=40.0):
+    grid = Grid.from_points(jnp.linspace(0.0, t1, num_steps + 1))
+    term = diffrax.ODETerm(field)
+    return discretise(solver, term, grid, jnp.array(y0), None).recurrence
+
+
+@pytest.mark.parametrize("rtol, most", [(1e-3, 5e-2), (1e-6, 1e-3)])
+def test_it_is_as_near_as_asked(rtol, most):
+    """Van der Pol's phase errors are some hundred times the tolerance."""
+    guess = recurrence(diffrax.Tsit5()).adaptive_trajectory(rtol)
+    sol = diffrax.diffeqsolve(
+        diffrax.ODETerm(van_der_pol),
+        diffrax.Dopri8(),
+        0.0,
+        40.0,
+        None,
+        jnp.array([2.0, 0.0]),
+        saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 40.0, 1001)[1:]),
+        stepsize_controller=diffrax.PIDController(rtol=1e-11, atol=1e-11),
+    )
+    error = float(jnp.max(jnp.abs(guess - sol.ys)[:, 0]))
+    assert 0 < error <= most
+
+
+def test_what_is_not_reached_is_held():
+    """A stiff equation, guessed by explicit steps, of which there are too few."""
+    decay = lambda t, y, args: -1e6 * (y - jnp.cos(t))
+    found = recurrence(diffrax.Tsit5(), decay, (1.0,), 100, 10.0)
+    ys = np.asarray(found.adaptive_trajectory(None))[:, 0]
+    num_held = int(np.sum(ys == ys[-1]))
+    # Each is no longer than three times the decay.
+    assert most_attempts(100) * 3e-6 < 0.1
+    assert num_held == 100
+    assert ys[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "solver", [RadauIIA(2), diffrax.Kvaerno3(root_finder=ROOT_FINDER)]
+)
+def test_stiff_equations_are_guessed_by_implicit_steps(solver):
+    decay = lambda t, y, args: -1e4 * (y - jnp.cos(t))
+    found = recurrence(solver, decay, (1.0,), 100, 10.0)
+    ys = found.states(found.adaptive_trajectory(None))
+    expected = jnp.cos(jnp.linspace(0.0, 10.0, 101)[1:])
+    np.testing.assert_allclose(ys[:, 0], expected, atol=1e-2)
+
+
+def loops(program) -> int:
+    """How many loops of unknown length there are, at any depth."""
+    equations = body_of(program).eqns
+    here = sum(equation.primitive.name == "while" for equation in equations)
+    return here + sum(loops(p) for e in equations for p in inner_programs(e))
+
+
+def test_on_accelerators_stages_are_written_out():
+    found = recurrence(diffrax.Tsit5())
+    trace = lambda: jax.make_jaxpr(lambda: found.adaptive_trajectory(None))()
+    on_cpu = loops(trace())
+    with tracing_for("accelerator"):
+        on_accelerator = loops(trace())
+    assert on_accelerator < on_cpu
+
+
+def test_the_number_of_attempts_does_not_follow_the_grid():
+    """The same guess, at the same points, on a grid sixteen times as fine."""
+    coarse, fine = (
+        recurrence(diffrax.Tsit5(), num_steps=n).adaptive_trajectory(None)
+        for n in (500, 8000)
+    )
+    np.testing.assert_allclose(fine[15::16], coarse, atol=1e-3)
+
+
+def test_a_control_has_strides():
+    path = diffrax.LinearInterpolation(jnp.linspace(0.0, 1.0, 9), jnp.arange(9.0))
+    term = diffrax.ControlTerm(lambda t, y, args: -y, path)
+    grid = Grid.from_points(jnp.linspace(0.0, 1.0, 17))
+    found = discretise(diffrax.Heun(), term, grid, jnp.array([1.0]), None).recurrence
+    assert found.adaptive_trajectory(None) is None
+    np.testing.assert_array_equal(Adaptive()(found), Coarse()(found))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="Adaptive.rtol.*positive.*got 0"):
+        Adaptive(rtol=0.0)
+    assert isinstance(Adaptive().for_window(), Adaptive)
+    assert isinstance(Coarse().for_window(), Coarse)
