@@ -5,7 +5,7 @@ steps on a grid as fine as one likes.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 import jax
@@ -54,8 +54,16 @@ def flat_field(
     return field
 
 
-class _WrittenOut(diffrax.Dopri8):
-    """Without a loop over stages, of which each turn costs an accelerator a launch."""
+class _WrittenOut(diffrax.AbstractERK):
+    """`Dopri8` without its loop over stages, of which an accelerator launches each turn
+    by itself.
+    """
+
+    tableau: ClassVar = diffrax.Dopri8.tableau
+    interpolation_cls: ClassVar = diffrax.Dopri8.interpolation_cls
+
+    def order(self, terms):
+        return diffrax.Dopri8().order(terms)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         del made_jump
