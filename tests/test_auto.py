@@ -21,7 +21,7 @@ from deer_ode import (
     solve_recurrence,
 )
 
-from .helpers import assert_close, pretend_accelerator, rounding, unchecked
+from .helpers import assert_close, pretend_accelerator, rounding, slow, unchecked
 
 
 def step(y, x):
@@ -120,7 +120,7 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("name", slow(TRANSFORMED, lambda name: name == "value"))
 def test_progress(name, capfd):
     y0, xs = inputs(300)
     xs = jnp.stack([xs, 2 * xs]) if name == "vmap" else xs

@@ -131,7 +131,7 @@ def test_logistic_map():
         (
             (diffrax.Tsit5(), 1),
             (diffrax.Tsit5(), -1),
-            (RadauIIA(), 1),
+            (RadauIIA(2), 1),
             (deer_ode.Obreshkov(), -1),
         ),
         lambda row: row[1] == (1 if isinstance(row[0], diffrax.Tsit5) else -1),
@@ -365,6 +365,7 @@ def test_chaos():
     assert diagnose_lorenz(0.01 * window).converged
 
 
+@pytest.mark.slow(covered_by="test_chaos")
 def test_the_recommended_window_converges():
     """No step is left to be taken on its own; nor with a round number nearby."""
     term, interval = diffrax.ODETerm(lorenz), (0.0, 30.0, 0.005)

@@ -383,7 +383,7 @@ EVENTS = {
 
 
 @pytest.mark.parametrize(
-    "which, door, method", by_method(EVENTS, ("rooted",), ("b", "c", "a"))
+    "which, door, method", by_method(EVENTS, ("boolean",), ("b", "c", "a"))
 )
 def test_events(which, door, method):
     """The bouncing ball's first bounce, with saves around it."""
@@ -398,6 +398,7 @@ def test_events(which, door, method):
 
 
 @pytest.mark.parametrize("door", IN_ONE)
+@pytest.mark.slow(covered_by="test_situations.py::test_situation")
 def test_gradient_of_an_event_time(door):
     """d(sqrt(2 h / g)) / dh, known in closed form."""
 
@@ -481,6 +482,9 @@ def test_derivatives_with_an_event_before_what_is_not_a_number(root_finder, meth
     ],
     ids=repr,
 )
+@pytest.mark.slow(
+    covered_by="test_derivatives_with_an_event_before_what_is_not_a_number"
+)
 def test_derivatives_with_an_event_before_times_without_a_field(solver, door):
     """The field is not a number from t = 1 on, whatever the state."""
     kwargs = dict(
@@ -540,7 +544,7 @@ STATES = {
 
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
 @pytest.mark.parametrize(
-    "which, door, method", by_method(STATES, ("tree", "none"), ("b", "c", "a"))
+    "which, door, method", by_method(STATES, ("none",), ("b", "c", "a"))
 )
 def test_states(which, door, method):
     field, y0 = STATES[which]
@@ -663,6 +667,7 @@ def test_forward_mode_and_direct_adjoint_in_windows():
     assert_close(jax.jit(jax.grad(direct))(a), expected, rounding())
 
 
+@pytest.mark.slow(covered_by="test_hessian")
 def test_hessian_of_steps():
     ts = jnp.linspace(0.0, 1.0, 6)
 
@@ -1152,6 +1157,7 @@ def test_refusals():
         run("a", dt0=None)
 
 
+@pytest.mark.slow(covered_by="test_situations.py::test_situation")
 def test_random_key_for_each_sample():
     """An ensemble of SDE paths: the same paths as stock Diffrax."""
 

@@ -364,7 +364,7 @@ def test_is_lax_scan_in_single_precision(name):
     assert_close(actual, expected, tol, what=name)
 
 
-@pytest.mark.parametrize("num_steps", slow((0, 1, 2), lambda n: n == 1))
+@pytest.mark.parametrize("num_steps", slow((0, 1, 2), lambda n: n > 0))
 def test_short_sequences(num_steps):
     step, inputs = problem("mixed", num_steps=num_steps)
     expected = value_and_grad(lax.scan, step, inputs)
@@ -459,13 +459,11 @@ def _of_tanh(scan, reverse):
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31 - 1),
-    shape=st.sampled_from(((1, 2), (7, 3))),
     gain=st.floats(0.0, 1.5),
     reverse=st.booleans(),
 )
-def test_random_recurrences(seed, shape, gain, reverse):
-    num_steps, size = shape
-    _, *inputs = _tanh(jr.key(seed), jnp.float64, num_steps, gain, size)
+def test_random_recurrences(seed, gain, reverse):
+    _, *inputs = _tanh(jr.key(seed), jnp.float64, 7, gain)
     run = lambda scan: _of_tanh(scan, reverse)(*inputs)
     # Seven steps of gain 1.5, not one of them saturated.
     tol = rounding() * 1.5**7
@@ -737,7 +735,7 @@ def test_traced_once():
 # --- options --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow(("mixed", "tokens"), lambda s: s == "tokens"))
+@pytest.mark.parametrize("name", slow(("mixed", "tokens"), lambda s: s == "mixed"))
 def test_sequential_is_lax_scan_itself(name):
     """Bit for bit."""
     step, inputs = problem(name)
@@ -932,7 +930,9 @@ def test_structure_that_the_map_lacks(linearisation):
     step, *inputs = _tanh(jr.key(0), jnp.float64, 12, 0.7, size=4)
     expected = value_and_grad(lax.scan, step, inputs)
     for newton_max_steps in (64, 1):
-        method = Newton(linearisation, newton_max_steps=newton_max_steps)
+        method = Newton(
+            linearisation, newton_max_steps=newton_max_steps, window=None, chunk=1
+        )
         actual = value_and_grad(deer_ode.scan, step, inputs, method=method)
         assert_close(actual, expected, rounding())
 

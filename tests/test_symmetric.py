@@ -248,9 +248,9 @@ FIRST_ORDER = ("Euler", "backward Euler", "ImplicitEuler")
 #: In the ordinary run every family, by a map or by equations, of each kind one.
 ORDINARY = {
     "linear": ("Euler",),
-    "quadratic": ("Obreshkov",),
+    "quadratic": ("trapezoid",),
     "gravity": ("Tsit5",),
-    "oscillators": ("RadauIIA",),
+    "oscillators": ("backward Euler",),
 }
 ROWS = slow_rows(
     [(family, solver) for family in FAMILIES for solver in SOLVERS],
@@ -311,7 +311,8 @@ def test_small_components_that_matter():
     args, y0, t1 = jax.tree_util.tree_map(
         jnp.asarray, systems["one infected in ten million"]
     )
-    solver = SOLVERS["Tsit5"]
+    # Of the same program as in the table above.
+    solver = SOLVERS["trapezoid"]
     ys, _ = solve(field, solver, Newton(), args, y0, t1)
     expected, _ = solve(field, solver, Sequential(), args, y0, t1)
     np.testing.assert_allclose(ys[:, :2], expected[:, :2], rtol=1e-12)
