@@ -33,11 +33,10 @@ def problems():
 
 PROBLEMS = problems()
 
-#: One of each kind: chaos, stiffness, no field at all, and networks.
+#: One of each kind: chaos, no field at all, and networks; stiffness has its own tests.
 #: Each takes four programs, and equations take long to compile.
 ORDINARY = (
     "Lorenz, 10 Lyapunov times, Tsit5",
-    "Van der Pol, mu = 100, Tsit5",
     "infinite field",
     "GRU, weights x 100",
     "square root of y - 10",
@@ -128,6 +127,7 @@ def test_every_remedy(name, remedy):
     check(PROBLEMS[name], REMEDIES[remedy], *twin_and_bound(name))
 
 
+@pytest.mark.slow(covered_by="test_hard_dynamics")
 def test_trained_network():
     """Five layers that do what they were trained for."""
     cells, accuracy = _hard.train_classifier(80, 60, 4)

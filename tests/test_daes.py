@@ -146,6 +146,7 @@ def test_pendulum_has_no_spurious_solution(num_steps):
     np.testing.assert_allclose(q, [np.sin(final), -np.cos(final)], atol=1e-5)
 
 
+@pytest.mark.slow(covered_by="test_mass_matrix_by_a_function_and_gradients")
 def test_gradients_of_the_pendulum():
     """With respect to gravity, the initial angle and the grid itself."""
 

@@ -80,6 +80,7 @@ def linear(A):
 # --- Lyapunov exponents ---------------------------------------------------------------
 
 
+@pytest.mark.slow(covered_by="test_logistic_map")
 def test_lorenz():
     found = diagnose_lorenz(100.0, max_iterations=1)
     # Over so long an interval exponents of different trajectories scatter by 0.02.
@@ -192,7 +193,7 @@ def test_largest_growth():
     "guess, rate, rtol",
     slow_rows(
         ((None, 1.5, None), (0.3, 3.2, None), (0.62, 3.9, None), (0.3, 2.8, 1e-6)),
-        lambda row: row[1] == 3.2,
+        lambda row: row[1] in (3.2, 3.9),
     ),
 )
 def test_iterations_are_those_of_newton(guess, rate, rtol):
@@ -206,6 +207,7 @@ def test_iterations_are_those_of_newton(guess, rate, rtol):
     assert found.num_good_steps[-1] == 12 == found.num_steps
 
 
+@pytest.mark.slow(covered_by="test_iterations_are_those_of_newton")
 def test_iterations_of_a_differential_equation():
     term, y0 = diffrax.ODETerm(van_der_pol), jnp.array([2.0, 0.0])
     solver = DEER(diffrax.Heun(), Newton(fallback=False, window=None))

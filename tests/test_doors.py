@@ -51,7 +51,8 @@ from .helpers import (
 TERM = diffrax.ODETerm(lotka_volterra)
 Y0 = jnp.array([10.0, 5.0])
 HEUN = DEER(diffrax.Heun(), Newton())
-AUTO, NEWTON = Auto(), Newton()
+#: Newton's with neither windows nor chunks: fewer programs to compile.
+AUTO, NEWTON = Auto(), Newton(window=None, chunk=1)
 
 
 #: Where whole intervals and windows have the same code to go through, or both of the
@@ -65,6 +66,10 @@ HESSIANS = [
 ]
 
 
+#: What others of the same table stand for.
+RARE = ("never",)
+
+
 def by_method(names, by_newton, doors=tuple(DOORS)):
     """Rows of names, doors and methods. What is saved and what ends a solve is the same
     code for all methods, and compiles five times faster with the default one: the
@@ -75,6 +80,7 @@ def by_method(names, by_newton, doors=tuple(DOORS)):
         values, marks = getattr(row, "values", row), getattr(row, "marks", ())
         for what, method in (("auto", AUTO), ("newton", NEWTON)):
             is_other = (what == "newton") != (values[0] in by_newton)
+            is_other = is_other or values[0] in RARE
             is_slow = pytest.mark.slow if marks or is_other else ()
             name = "-".join((*values, what))
             rows.append(pytest.param(*values, method, marks=is_slow, id=name))
@@ -787,6 +793,7 @@ def test_solver_state_in_windows():
 
 
 @pytest.mark.parametrize("door", A_OR_B)
+@pytest.mark.slow(covered_by="test_a_resumed_solve")
 def test_controller_state_goes_on(door):
     """Stop after some steps and go on from the controller's state, which keeps the size
     that steps had.
@@ -1157,7 +1164,6 @@ def test_refusals():
         run("a", dt0=None)
 
 
-@pytest.mark.slow(covered_by="test_situations.py::test_situation")
 def test_random_key_for_each_sample():
     """An ensemble of SDE paths: the same paths as stock Diffrax."""
 

@@ -237,7 +237,7 @@ def rotation(t, y, args):
 @pytest.mark.parametrize(
     "name",
     slow_unless(
-        ("Obreshkov(2)",),
+        ("Obreshkov(1)",),
         ("Obreshkov(1)", "Obreshkov(2)", "Obreshkov(3)", "GaussLegendre(3)"),
     ),
 )
@@ -349,6 +349,7 @@ AND_SMALLEST = ("Obreshkov(1)", *TWO)
         ("Obreshkov(1)",), ("Obreshkov(1)", "Obreshkov(2)", "GaussLegendre(2)")
     ),
 )
+@pytest.mark.slow(covered_by="test_values_and_gradients")
 def test_saves_and_dense_output(name):
     solver, _ = ORDERS[name]
     saveat = diffrax.SaveAt(t0=True, ts=[0.13, 0.5, 1.99], steps=3, t1=True, dense=True)
@@ -403,7 +404,7 @@ STATES = {
     "which, name",
     [
         pytest.param("tree", "Obreshkov(2)", marks=pytest.mark.slow),
-        ("complex", "RadauIIA(1)"),
+        ("complex", "Obreshkov(1)"),
         pytest.param("complex", "RadauIIA(2)", marks=pytest.mark.slow),
         pytest.param("tree", "GaussLegendre(2)", marks=pytest.mark.slow),
         pytest.param("complex", "Obreshkov(3)", marks=pytest.mark.slow),
@@ -456,6 +457,7 @@ def test_backward_in_time_on_a_graded_grid_with_an_event(name, method):
     assert_same(run("a", solver, method=method, **kwargs), expected)
 
 
+@pytest.mark.slow(covered_by="test_core.py::test_event")
 def test_rooted_event():
     import optimistix as optx
 
@@ -467,6 +469,7 @@ def test_rooted_event():
 
 
 @pytest.mark.parametrize("name", slow_unless(("Obreshkov(1)",), AND_SMALLEST))
+@pytest.mark.slow(covered_by="test_doors.py::test_warm_start")
 def test_warm_start(name):
     solver, _ = ORDERS[name]
     saveat = diffrax.SaveAt(t1=True, solver_state=True)

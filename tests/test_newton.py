@@ -317,8 +317,8 @@ def test_tolerances_are_used():
     assert float(solution.residual) <= 1e-2
 
 
-def test_a_batch_of_long_ones():
-    """One after the other on a CPU: in the memory of one, each with its own count."""
+def long_ones():
+    """Gains, and recurrences with them: by Newton's method, and the loop."""
     size, num_steps = 8, 1100
     keys = jr.split(jr.key(0), 3)
     weights = jr.normal(keys[0], (size, size)) / size**0.5
@@ -335,6 +335,12 @@ def test_a_batch_of_long_ones():
         f = both(lambda y, x: jnp.tanh(gain * (weights @ y)) + x)
         return lax.scan(f, jnp.zeros(size), xs)[1]
 
+    return gains, states, loop
+
+
+def test_a_batch_of_long_ones():
+    """One after the other on a CPU: in the memory of one, each with its own count."""
+    gains, states, loop = long_ones()
     batch = jax.jit(jax.vmap(states)).lower(gains).compile()
     ys, counts = batch(gains)
     assert_close(ys[:3], jax.vmap(loop)(gains[:3]), rounding())
@@ -343,6 +349,11 @@ def test_a_batch_of_long_ones():
     assert counts[0] < counts[3]
     used = lambda program: program.memory_analysis().temp_size_in_bytes
     assert used(batch) < 2 * used(single)
+
+
+@pytest.mark.slow(covered_by="test_tangent.py::test_a_batch")
+def test_gradients_of_a_batch_of_long_ones():
+    gains, states, loop = long_ones()
 
     def slopes(run):
         loss = lambda gain: jnp.mean(run(gain) ** 2)

@@ -280,7 +280,8 @@ def solved(scan, step, inputs, **kwargs):
     """By the parallel method, unless another one is given."""
     params, init, xs = inputs
     if scan is not lax.scan:
-        kwargs = dict(method=Newton()) | kwargs
+        # Neither windows nor chunks, of which there are tests: less to compile.
+        kwargs = dict(method=Newton(window=None, chunk=1)) | kwargs
     return scan(functools.partial(step, params), init, xs, **kwargs)
 
 
@@ -337,7 +338,7 @@ def derivatives(scan, step, inputs, directions):
 
 #: Compilation takes long: of problems alike, one each in the ordinary run, in one of
 #: the precisions.
-_IN_DOUBLE = ("relu", "leapfrog")
+_IN_DOUBLE = ("relu",)
 _IN_SINGLE = ("tanh",)
 
 
@@ -380,6 +381,7 @@ def test_short_sequences(num_steps):
     ),
     ids=("forward over reverse", "reverse over forward"),
 )
+@pytest.mark.slow(covered_by="test_newton.py::test_hessian")
 def test_hessian(outer, inner):
     """All of it."""
     step, (params, init, xs) = problem("tanh", num_steps=5)
@@ -392,6 +394,7 @@ def test_hessian(outer, inner):
     assert_close(quick(hessian)(init, params["b"]), expected, rounding())
 
 
+@pytest.mark.slow(covered_by="test_newton.py::test_gradients_are_exact_in_every_mode")
 def test_finite_differences():
     """Not only against another derivative."""
     step, inputs = problem("tanh")
@@ -532,7 +535,7 @@ def test_second_derivatives_where_the_first_input_means_nothing_at_the_end():
         assert_close(ours, theirs, rounding())
 
 
-@pytest.mark.parametrize("method", (None, Newton()), ids=repr)
+@pytest.mark.parametrize("method", (None, Newton(window=None, chunk=1)), ids=repr)
 def test_derivatives_in_python_numbers_without_jit(method):
     kwargs = {} if method is None else dict(method=method)
 
@@ -787,6 +790,7 @@ def test_guess(reverse):
 
 
 @pytest.mark.parametrize("reverse", slow((False, True), lambda reverse: reverse))
+@pytest.mark.slow(covered_by="test_guess")
 def test_guess_by_a_predictor(reverse):
     """As an argument, and as an option of the method."""
     step, inputs = problem("tanh")
@@ -989,6 +993,7 @@ def arrays_of(jaxpr):
     slow((Exact(), Dense()), lambda x: isinstance(x, Dense)),
     ids=lambda x: type(x).__name__,
 )
+@pytest.mark.slow(covered_by="test_core.py::test_structure_is_found")
 def test_many_heads_need_little_memory(linearisation):
     """Nothing of the size of dense Jacobians is made, and with `Dense()` it is."""
     num_steps, num_heads, size = 1_000, 32, 8

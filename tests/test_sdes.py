@@ -151,6 +151,7 @@ def test_backward_in_time():
     assert_close(run(DOORS["b"]), run(stock), rounding())
 
 
+@pytest.mark.slow(covered_by="test_solvers.py::test_float32")
 def test_float32():
     f32 = jnp.float32
     terms, y0, args = sde(tree(dtype=f32))

@@ -464,6 +464,7 @@ BY_NEWTON = ("neural ODE", "neural CDE by its control")
 RARE = (
     "latent ODE", "neural CDE as an ODE", "neural CDE by its control", "stiff",
     "planet", "Stratonovich ensemble", "two levels", "fit of oscillators",
+    "Ito ensemble",
 )  # fmt: skip
 
 
@@ -513,6 +514,7 @@ def steady_states(door, tol, **kwargs):
 
 
 @pytest.mark.parametrize("door", slow(("a", "b"), lambda door: door == "a"))
+@pytest.mark.slow(covered_by="test_doors.py::test_steady_state_without_an_end")
 def test_steady_states(door):
     assert_close(steady_states(door, 1e-5), steady_states(None, 1e-5), rounding())
 

@@ -69,7 +69,7 @@ def sequential():
 #: One of each kind: the others share its code, and are compiled longer. Of the implicit
 #: ones the additive solver has all that the others have.
 ORDINARY = (
-    "Bosh3", "Sil3", "SemiImplicitEuler", "ItoMilstein", "ShARK", "HalfSolver",
+    "Bosh3", "Sil3", "SemiImplicitEuler", "ItoMilstein", "HalfSolver",
 )  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def _forced_network_problem():
         pytest.param(AveragedExponential(), 300, 1.5e-3, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow(covered_by="test_equations.py::test_values_and_gradients")
 def test_the_papers_field_on_few_points(solver, num_points, tol):
     args, y0 = _forced_network_problem()
     term = diffrax.ODETerm(_forced_network)

@@ -78,7 +78,7 @@ def henon_heiles():
 
 
 PROBLEMS = {"pendulum": pendulum, "driven": driven, "Henon-Heiles": henon_heiles}
-#: Of the table of both, the ordinary run has each once.
+#: Of the table of both, the ordinary run has each system that is no simple one.
 each_pair = pytest.mark.parametrize(
     "name, problem",
     slow_rows(
@@ -86,7 +86,6 @@ each_pair = pytest.mark.parametrize(
         lambda row: (
             row
             not in (
-                ("StormerVerlet", "pendulum"),
                 ("Yoshida4", "driven"),
                 ("BlanesMoan4", "Henon-Heiles"),
             )
@@ -282,7 +281,7 @@ def value_and_grad(solve, solver, dt0=0.05, **kwargs):
     return ys, grads
 
 
-@pytest.mark.parametrize("name", slow(METHODS, lambda name: name != "Yoshida4"))
+@pytest.mark.parametrize("name", slow(METHODS, lambda name: name != "StormerVerlet"))
 def test_parallel_agrees_with_stock(name):
     ts, times = jnp.linspace(0.0, 2.0, 41), jnp.asarray(SAVE_TS[1:])
     assert_steps_agree(METHODS[name][0], tree_problem, ts, times)
