@@ -67,7 +67,7 @@ HESSIANS = [
 
 
 #: What others of the same table stand for.
-RARE = ("never",)
+RARE = ("never", "rooted")
 
 
 def by_method(names, by_newton, doors=tuple(DOORS)):
@@ -654,7 +654,11 @@ def test_closed_over_parameters(door):
         assert_close(slope, expected, rounding())
 
 
-def test_forward_mode_and_direct_adjoint_in_windows():
+ADJOINTS = {"forward": diffrax.ForwardMode(), "direct": diffrax.DirectAdjoint()}
+
+
+@pytest.mark.parametrize("name", slow(ADJOINTS, lambda name: name == "direct"))
+def test_forward_mode_and_direct_adjoint_in_windows(name):
     def loss(door, adjoint, a):
         kw = {} if door is None else dict(num_substeps=3)
         dt0 = 0.1 if door is None else 0.3
@@ -667,10 +671,9 @@ def test_forward_mode_and_direct_adjoint_in_windows():
     a = jnp.array(1.1)
     checkpointed = lambda a: loss(None, diffrax.RecursiveCheckpointAdjoint(), a)
     expected = jax.jit(jax.grad(checkpointed))(a)
-    forward = lambda a: loss("c", diffrax.ForwardMode(), a)
-    direct = lambda a: loss("c", diffrax.DirectAdjoint(), a)
-    assert_close(jax.jit(jax.jacfwd(forward))(a), expected, rounding())
-    assert_close(jax.jit(jax.grad(direct))(a), expected, rounding())
+    slope = jax.jacfwd if name == "forward" else jax.grad
+    actual = jax.jit(slope(lambda a: loss("c", ADJOINTS[name], a)))(a)
+    assert_close(actual, expected, rounding())
 
 
 @pytest.mark.slow(covered_by="test_hessian")
@@ -739,7 +742,8 @@ def test_vmap(over, door):
     np.testing.assert_array_equal(np.asarray(counts), np.asarray(expected_counts))
 
 
-def test_padding_is_exact_in_gradients():
+@pytest.mark.parametrize("max_steps", slow((10, 24), lambda n: n == 10))
+def test_padding_is_exact_in_gradients(max_steps):
     """Past t1 the field is infinite: the padded steps must not look there."""
     field = lambda t, y, args: -args * y / jnp.sqrt(1.0 + 1e-3 - t)
 
@@ -755,8 +759,7 @@ def test_padding_is_exact_in_gradients():
     args = jnp.array(0.9)
     grad = lambda *which: jax.jit(jax.grad(loss(*which)))(args)
     expected = grad(None, 10)
-    assert_close(grad("b", 10), expected, rounding())
-    assert_close(grad("b", 24), expected, rounding())
+    assert_close(grad("b", max_steps), expected, rounding())
 
 
 @pytest.mark.parametrize("door", A_OR_B)

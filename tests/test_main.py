@@ -27,7 +27,7 @@ def test_run(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(_fit, "residual_history", record)
     # A small solver, as several programs are made of it.
-    options = ["--steps", "2", "--points", "200", "--solver", "bosh3"]
+    options = ["--steps", "2", "--points", "200", "--solver", "heun"]
     assert main([*options, "--out", str(out)]) == 0
     text = capsys.readouterr().out
 
