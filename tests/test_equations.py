@@ -275,8 +275,8 @@ SAVE_TS = np.array([0.0, 0.13, 0.5, 0.99, 1.0])
 @pytest.mark.parametrize(
     "name",
     slow_unless(
-        # Obreshkov(1) is in whole solves in `test_core.py`.
-        ("RadauIIA(1)", "AveragedExponential"),
+        # Obreshkov(1) is in `test_core.py`, RadauIIA(1) in `test_daes.py`.
+        ("AveragedExponential",),
         ORDERS,
     ),
 )

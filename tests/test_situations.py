@@ -464,7 +464,7 @@ BY_NEWTON = ("neural ODE", "neural CDE by its control")
 RARE = (
     "latent ODE", "neural CDE as an ODE", "neural CDE by its control", "stiff",
     "planet", "Stratonovich ensemble", "two levels", "fit of oscillators",
-    "Ito ensemble",
+    "Ito ensemble", "forcing",
 )  # fmt: skip
 
 

@@ -130,6 +130,7 @@ def _linear(t, y, args):
         pytest.param(Exprb43(), (1.0, 1.0), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow(covered_by="test_problems_of_the_test_sets")
 def test_linear_system(solver, modes):
     # All at once, from the explicit guess, which is of no use here.
     plain = Newton(window=None)
