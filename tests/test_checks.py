@@ -72,10 +72,10 @@ def stock(solver, method, args):
 
 
 WAYS = {
-    "drop-in, sequential": (drop_in, diffrax.Bosh3(), Auto()),
-    "drop-in, Newton": (drop_in, diffrax.Bosh3(), NEWTON),
-    "adjoint, Newton": (adjoint, diffrax.Bosh3(), NEWTON),
-    "windows, Newton": (windowed, diffrax.Bosh3(), NEWTON),
+    "drop-in, sequential": (drop_in, diffrax.Tsit5(), Auto()),
+    "drop-in, Newton": (drop_in, diffrax.Tsit5(), NEWTON),
+    "adjoint, Newton": (adjoint, diffrax.Tsit5(), NEWTON),
+    "windows, Newton": (windowed, diffrax.Tsit5(), NEWTON),
     "Obreshkov": (drop_in, Obreshkov(), NEWTON),
     "RadauIIA": (drop_in, RadauIIA(2), NEWTON),
     "RadauIIA, sequential": (drop_in, RadauIIA(2), Auto()),
