@@ -884,6 +884,7 @@ def test_a_resumed_solve(first, second):
     assert sol.stats["max_steps"] == max(int(stock.stats["num_steps"]), 1)
 
 
+@pytest.mark.slow(covered_by="test_a_resumed_solve")
 def test_a_resumed_solve_with_its_trajectory():
     """Of as many steps where these are counted; by `dt0` where the state is traced."""
     kept = diffrax.SaveAt(t1=True, controller_state=True, solver_state=True)
@@ -979,6 +980,7 @@ def test_a_window_that_fails_is_rejected():
 
 
 @pytest.mark.parametrize("door", IN_ONE)
+@pytest.mark.slow(covered_by="test_newton.py::test_non_finite_answers")
 def test_non_finite_where_the_sequential_answer_is(door):
     """y' = y^2 blows up at t = 1."""
     kwargs = dict(

@@ -237,6 +237,7 @@ def test_no_gpu_no_kernels(device, monkeypatch):
     assert not are_right(2, np.float32)
 
 
+@pytest.mark.slow(covered_by="test_asked_once_while_tracing")
 def test_right_kernels_are_right():
     assert are_right(1, np.float32, interpret=True)
     assert _kernels._error(1, np.dtype(np.float32), None) < 16

@@ -146,6 +146,7 @@ def gradient(run):
     return jax.jit(jax.grad(value, (0, 1, 2)))
 
 
+@pytest.mark.slow(covered_by="test_windows_of_any_length")
 def test_many_windows():
     """Of 1,300 steps, the Jacobians of 512 at a time."""
     inputs = tanh_network(1300, gain=0.9)
