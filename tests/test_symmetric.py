@@ -299,7 +299,7 @@ def test_the_answer_is_the_sequential_one(family, solver):
 
 
 @pytest.mark.parametrize(
-    "solver", slow(("Euler", "Tsit5", "trapezoid", "RadauIIA"), lambda s: s != "Euler")
+    "solver", slow(("Tsit5", "trapezoid", "RadauIIA"), lambda s: s != "Tsit5")
 )
 def test_single_precision(solver):
     compare("linear", solver, jnp.float32, 1e3 * float(jnp.finfo(jnp.float32).eps))
