@@ -309,7 +309,7 @@ def test_small_components_that_matter():
     """Components of 1e-7 are right to rounding of their own, not of the largest."""
     field, systems = FAMILIES["quadratic"]
     args, y0, t1 = jax.tree_util.tree_map(
-        jnp.asarray, systems["one infected in ten million"]
+        lambda x: jnp.asarray(x, jnp.float64), systems["one infected in ten million"]
     )
     # Of the same program as in the table above.
     solver = SOLVERS["trapezoid"]
