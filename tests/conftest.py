@@ -17,17 +17,61 @@ _hook.__enter__()
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="run the slow tests too")
     parser.addoption(
-        "--recurrences", type=int, default=10_000, help="random recurrences to solve"
+        "--recurrences", type=int, default=2_000, help="random recurrences to solve"
     )
 
 
-def functions_without_a_row(items) -> list[str]:
-    """The test functions of which all rows are marked slow."""
+def function_of(item) -> str:
+    """The node id without the row of the table."""
+    return item.nodeid.split("[")[0]
+
+
+def rows_of(items) -> dict[str, list[bool]]:
+    """For each test function whether its rows are marked slow."""
     rows: dict[str, list[bool]] = {}
     for item in items:
-        name = item.nodeid.split("[")[0]
-        rows.setdefault(name, []).append("slow" in item.keywords)
-    return [name for name, are_slow in rows.items() if all(are_slow)]
+        rows.setdefault(function_of(item), []).append("slow" in item.keywords)
+    return rows
+
+
+def covers_of(items) -> dict[str, str]:
+    """What tests are marked `slow(covered_by=...)`, and the test that stands for each:
+    the name of one in the same file, or `test_file.py::test_name` of one beside it.
+    """
+    covers = {}
+    for item in items:
+        for marker in item.iter_markers("slow"):
+            cover = marker.kwargs.get("covered_by")
+            if cover is not None:
+                name = function_of(item)
+                file = name.split("::")[0]
+                folder = file[: file.rfind("/") + 1]
+                is_beside = "::" in cover
+                covers[name] = folder + cover if is_beside else f"{file}::{cover}"
+    return covers
+
+
+def functions_without_a_row(items) -> list[str]:
+    """The test functions of which all rows are marked slow, and that no other is said
+    to stand for.
+    """
+    covers = covers_of(items)
+    return [
+        name for name, are_slow in rows_of(items).items()
+        if all(are_slow) and name not in covers
+    ]  # fmt: skip
+
+
+def wrong_covers(items) -> list[str]:
+    """What is said to be covered by a test that is not there, or is slow itself."""
+    rows = rows_of(items)
+    files = {name.split("::")[0] for name in rows}
+    wrong = []
+    for name, cover in covers_of(items).items():
+        # A file that was not collected says nothing about its tests.
+        if cover.split("::")[0] in files and all(rows.get(cover, [True])):
+            wrong.append(f"{name}: covered by {cover}")
+    return wrong
 
 
 def has_whole_files(config) -> bool:
@@ -39,14 +83,22 @@ def has_whole_files(config) -> bool:
 # Before the hooks that take items away, such as that of `-k`.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    empty = functions_without_a_row(items) if has_whole_files(config) else []
+    # The controller of pytest-xdist does not print usage errors of its workers.
+    error = RuntimeError if hasattr(config, "workerinput") else pytest.UsageError
+    is_whole = has_whole_files(config)
+    empty = functions_without_a_row(items) if is_whole else []
     if empty:
         names = "\n".join(empty)
-        # The controller of pytest-xdist does not print usage errors of its workers.
-        error = RuntimeError if hasattr(config, "workerinput") else pytest.UsageError
         raise error(
             "All rows of these tests are marked slow, so the ordinary run does not "
             f"test them at all. Make one row of each cheap:\n{names}"
+        )
+    wrong = wrong_covers(items) if is_whole else []
+    if wrong:
+        names = "\n".join(wrong)
+        raise error(
+            "The ordinary run does not have the tests that are said to stand for "
+            f"these slow ones:\n{names}"
         )
     if config.getoption("--runslow"):
         return

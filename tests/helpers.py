@@ -260,7 +260,7 @@ SOLVERS = {
     "ItoMilstein": (diffrax.ItoMilstein(), sde),
     "SPaRK": (diffrax.SPaRK(), lambda: sde(levy_area=_space_time)),
     "ShARK": (diffrax.ShARK(), lambda: sde(_additive, _space_time)),
-    "HalfSolver": (diffrax.HalfSolver(diffrax.Heun()), ode),
+    "HalfSolver": (diffrax.HalfSolver(diffrax.Euler()), ode),
     "Tsit5 on a CDE": (diffrax.Tsit5(), cde),
     "Heun on an SDE": (diffrax.Heun(), sde),
 }

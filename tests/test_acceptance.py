@@ -55,6 +55,7 @@ def test_answer_is_the_sequential_one(name):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=error)
 
 
+@pytest.mark.slow(covered_by="test_answer_is_the_sequential_one")
 def test_residuals_that_add_up_step_by_step():
     """In short windows, of single steps, each rounds by half a unit of about one: a
     random walk of so many.

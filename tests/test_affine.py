@@ -71,12 +71,17 @@ def elements(key, num_steps, size, dense, dtype=jnp.float64):
     ),
 )
 def test_agrees_with_the_loop(size, dtype, reverse, dense):
-    A, b, y0 = elements(jr.key(size), 50, size, dense, dtype)
-    expected = reference(A, b, y0, reverse)
-    assert_close(affine_scan(A, b, y0, reverse=reverse), expected, rounding(dtype))
-    for by in SCANS:
-        scan = jax.jit(lambda A, b, y0, by=by: by.scan(A, b, y0, reverse))
-        actual = scan(transition_of(A), b, y0)
+    inputs = elements(jr.key(size), 50, size, dense, dtype)
+
+    @jax.jit
+    def every(A, b, y0):
+        scans = [by.scan(transition_of(A), b, y0, reverse) for by in SCANS]
+        ours = affine_scan(A, b, y0, reverse=reverse)
+        return reference(A, b, y0, reverse), ours, scans
+
+    expected, actual, scans = every(*inputs)
+    assert_close(actual, expected, rounding(dtype))
+    for by, actual in zip(SCANS, scans, strict=True):
         assert_close(actual, expected, rounding(dtype), what=str(by))
 
 
@@ -174,8 +179,13 @@ NUM_STEPS = (5, 50, 64)
 @pytest.mark.parametrize("kind", CORES)
 def test_long_ones_in_chunks(kind, reverse, num_steps):
     A, b = stack_of(kind, num_steps)
-    expected = SequentialScan().scan(A, b, None, reverse)
-    actual = AssociativeScan(max_elements=8).scan(A, b, None, reverse)
+
+    @jax.jit
+    def both(A, b):
+        scans = (SequentialScan(), AssociativeScan(max_elements=8))
+        return [by.scan(A, b, None, reverse) for by in scans]
+
+    expected, actual = both(A, b)
     assert_close(actual, expected, rounding())
 
 
@@ -224,9 +234,22 @@ def test_mixed_dtypes():
             assert_close(ys, expected, rounding(jnp.float32))
 
 
-@pytest.mark.parametrize("num_steps", slow(NUM_STEPS, lambda n: n == 64))
-@pytest.mark.parametrize("reverse", (False, True))
-@pytest.mark.parametrize("kind", CORES)
+#: Each kind once, in pieces and in one; kernels take long to interpret.
+BY_KERNELS = (("dense", True, 50), ("diagonal", False, 5), ("lanes", False, 5))
+
+
+@pytest.mark.parametrize(
+    "kind, reverse, num_steps",
+    slow_rows(
+        [
+            (k, reverse, n)
+            for k in CORES
+            for reverse in (False, True)
+            for n in NUM_STEPS
+        ],
+        lambda row: row not in BY_KERNELS,
+    ),
+)
 def test_by_kernels(kind, reverse, num_steps):
     """Interpreted, in chunks of four and of up to three levels."""
     A, b = stack_of(kind, num_steps)
@@ -253,26 +276,35 @@ def test_short(num_steps):
     assert_close(affine_scan(A, b, y0), reference(A, b, y0), rounding())
 
 
+jitted_scan = jax.jit(affine_scan)
+
+
 @settings(max_examples=15, deadline=None)
 @given(
-    num_steps=st.sampled_from((1, 7, 32)),
-    size=st.sampled_from((1, 2, 5)),
+    # Compiled once for each pair.
+    shape=st.sampled_from(((1, 2), (7, 5), (32, 1))),
     seed=st.integers(0, 2**31 - 1),
     dense=st.booleans(),
 )
-def test_solves_the_recurrence(num_steps, size, seed, dense):
+def test_solves_the_recurrence(shape, seed, dense):
     """Put into the recurrence, the answer leaves rounding only, whatever A and b."""
+    num_steps, size = shape
     A, b, y0 = elements(jr.key(seed), num_steps, size, dense)
     A, b = np.asarray(A) * 1.5, np.asarray(b) * 10.0
-    ys = np.asarray(affine_scan(jnp.asarray(A), jnp.asarray(b), y0))
+    ys = np.asarray(jitted_scan(jnp.asarray(A), jnp.asarray(b), y0))
     before = np.concatenate([np.asarray(y0)[None], ys[:-1]])
     product = np.einsum("tij,tj->ti", A, before) if dense else A * before
     size_of = np.abs(ys).max() + np.abs(product).max() + np.abs(b).max()
     np.testing.assert_allclose(ys, product + b, rtol=0, atol=rounding() * size_of)
 
 
-@pytest.mark.parametrize("dense", (True, False))
-@pytest.mark.parametrize("reverse", (False, True))
+@pytest.mark.parametrize(
+    "dense, reverse",
+    slow_rows(
+        ((True, True), (False, False), (True, False), (False, True)),
+        lambda row: row[0] != row[1],
+    ),
+)
 def test_derivatives(dense, reverse):
     """First and second derivatives in A, b and y0 are those of the loop."""
     inputs = elements(jr.key(3), 9, 2, dense)
@@ -282,9 +314,11 @@ def test_derivatives(dense, reverse):
 
     ours, loop = loss(affine_scan), loss(reference)
     argnums = (0, 1, 2)
-    for transform in (jax.grad, jax.jacfwd, jax.hessian):
-        actual = jax.jit(transform(ours, argnums))(*inputs)
-        expected = jax.jit(transform(loop, argnums))(*inputs)
+    transforms = (jax.grad, jax.jacfwd, jax.hessian)
+    # All in one program.
+    every = lambda of: jax.jit(lambda *x: [by(of, argnums)(*x) for by in transforms])
+    found = zip(every(ours)(*inputs), every(loop)(*inputs), transforms, strict=True)
+    for actual, expected, transform in found:
         assert_close(actual, expected, rounding(), what=transform.__name__)
     if dense and reverse:
         check_grads(jax.jit(ours), inputs, order=1, modes=("fwd", "rev"))
@@ -301,7 +335,8 @@ def test_vmap():
 
         def total(scan, axes=axes, inputs=inputs):
             batched = jax.vmap(scan, axes)
-            return jax.grad(lambda *a: jnp.sum(batched(*a) ** 2), (0, 1, 2))(*inputs)
+            loss = lambda *a: jnp.sum(batched(*a) ** 2)
+            return jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
 
         assert_close(total(affine_scan), total(reference), rounding())
 

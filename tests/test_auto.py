@@ -21,7 +21,14 @@ from deer_ode import (
     solve_recurrence,
 )
 
-from .helpers import assert_close, pretend_accelerator, rounding, unchecked
+from .helpers import (
+    assert_close,
+    pretend_accelerator,
+    rounding,
+    slow,
+    slow_rows,
+    unchecked,
+)
 
 
 def step(y, x):
@@ -48,7 +55,7 @@ def test_maps_go_in_turn_here(num_steps):
 def test_equations_are_solved_together():
     term = diffrax.ODETerm(lambda t, y, args: -jnp.sin(y))
     solve = lambda method: diffeqsolve(
-        term, DEER(Obreshkov(), method), 0.0, 2.0, 0.1, jnp.array([1.0])
+        term, DEER(Obreshkov(1), method), 0.0, 2.0, 0.001, jnp.array([1.0])
     )
     auto, newton = solve(Auto()), solve(Newton())
     assert int(auto.stats["num_newton_steps"]) > 0
@@ -73,7 +80,10 @@ def with_accelerator(monkeypatch):
 
 @pytest.mark.usefixtures("with_accelerator")
 @pytest.mark.parametrize(
-    "num_steps, size, parallel", ((200, 3, True), (40, 3, False), (200, 64, True))
+    "num_steps, size, parallel",
+    slow_rows(
+        ((200, 3, True), (40, 3, False), (200, 64, True)), lambda row: row[1] == 64
+    ),
 )
 def test_accelerators_get_all_steps_at_once(num_steps, size, parallel):
     """Seen by Jacobians of all steps, which a loop does not have.
@@ -120,7 +130,7 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("name", slow(TRANSFORMED, lambda name: name != "vmap"))
 def test_progress(name, capfd):
     y0, xs = inputs(300)
     xs = jnp.stack([xs, 2 * xs]) if name == "vmap" else xs

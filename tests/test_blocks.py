@@ -70,8 +70,8 @@ def test_orders_lose_nothing(name):
     np.testing.assert_array_equal(parts, expected)
 
 
-#: Both ways, and an order of each kind: strided is contiguous, turned round.
-ORDINARY = (("diagonal", False), ("strided", True), ("scattered", False))
+#: Both ways, and the orders that are the least and the most of one.
+ORDINARY = (("diagonal", False), ("scattered", True))
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,9 @@ def test_blocks_are_dense_matrices(name, reverse):
     def loss(A, b, to=lambda A: A):
         return jnp.sum(weights * affine_solve(to(A), b, b[0], reverse) ** 2)
 
-    value, actual = jax.value_and_grad(loss, argnums=(0, 1))(A, b)
-    expected, exact = jax.value_and_grad(
-        lambda A, b: loss(A, b, as_dense), argnums=(0, 1)
-    )(A, b)
+    slopes = jax.value_and_grad(loss, argnums=(0, 1))
+    both = jax.jit(lambda A, b: (slopes(A, b), slopes(A, b, as_dense)))
+    (value, actual), (expected, exact) = both(A, b)
     assert_close(value, expected, rounding())
     # Where there is padding a derivative means nothing.
     kept = used(A.order)

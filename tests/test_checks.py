@@ -97,7 +97,11 @@ def test_the_answer_decides(way):
         jax.block_until_ready(value_and_slope(rate, jnp.array(0.5)))
 
 
-@pytest.mark.parametrize("method", (Auto(), Newton()), ids=("sequential", "Newton"))
+@pytest.mark.parametrize(
+    "method",
+    slow((Auto(), Newton()), lambda method: isinstance(method, Auto)),
+    ids=("sequential", "Newton"),
+)
 def test_of_a_batch(method):
     solve = eqx.filter_jit(
         jax.vmap(
@@ -124,7 +128,11 @@ def test_of_a_recurrence(method, where):
         jax.block_until_ready(run(jnp.ones(10)))
 
 
-@pytest.mark.parametrize("method", (Auto(), Newton()), ids=("sequential", "Newton"))
+@pytest.mark.parametrize(
+    "method",
+    slow((Auto(), Newton()), lambda method: isinstance(method, Auto)),
+    ids=("sequential", "Newton"),
+)
 def test_beyond_an_event_nothing_counts(method):
     """Neither in the field, nor in the condition, nor of a path that is too short."""
     path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, shape=(), key=jax.random.key(0))

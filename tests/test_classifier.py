@@ -135,7 +135,7 @@ PADDED = {
 }
 
 
-@pytest.mark.parametrize("how", slow(PADDED, lambda how: how == "mask"))
+@pytest.mark.parametrize("how", slow(PADDED, lambda how: how != "length"))
 def test_classifier_ignores_padding(how):
     model, xs = classifier(), inputs(num_steps=SHORT)
     slope, out = learn(model, xs, method=Sequential())
@@ -221,6 +221,7 @@ def test_dropout_leaves_the_same_outputs_out_at_all_steps():
     assert 0 < dropped[0].sum() < 4
 
 
+@pytest.mark.slow(covered_by="test_examples.py::test_sequential_has_the_same_losses")
 def test_classifier_in_single_precision():
     model = classifier(num_layers=1, dtype=jnp.float32)
     xs, length = inputs().astype(jnp.float32), jnp.int32(SHORT)

@@ -132,7 +132,7 @@ def test_tails_are_least_squares_and_heads_follow(num_steps):
         assert_close(np.asarray(delta / size), expected, CONDITION * rounding())
 
 
-@pytest.mark.parametrize("num_steps", slow((1, 2, 20), lambda n: n < 20))
+@pytest.mark.parametrize("num_steps", slow((1, 2, 20), lambda n: n != 2))
 def test_corrections_in_blocks_are_least_squares(num_steps):
     """Blocks of two and of one, the latter padded or put together."""
     order = find_blocks((0, 0, 1, 2, 2, 3, 3, 4, 4, 5, 5))
@@ -270,7 +270,8 @@ def test_scaled_by_nothing_is_the_fixed_point_iteration():
 def test_scaled_by_one_is_no_damping():
     inputs = problem()
     one, plain = (
-        solve(*inputs, Newton(damping=damping)) for damping in (Scaled(1.0), Undamped())
+        solve(*inputs, Newton(damping=damping, window=None, chunk=1))
+        for damping in (Scaled(1.0), Undamped())
     )
     np.testing.assert_array_equal(one.carries, plain.carries)
     assert int(one.stats["num_newton_steps"]) == int(plain.stats["num_newton_steps"])
@@ -323,6 +324,7 @@ def in_pairs(weights, y, x):
     ),
     ids=str,
 )
+@pytest.mark.slow(covered_by="test_tangent.py::test_derivatives")
 def test_gradients_after_damped_solves_are_exact(linearisation, damping):
     keys = jr.split(jr.key(0), 3)
     # Rows of at most 0.8, so that the recurrence forgets.
@@ -337,8 +339,10 @@ def test_gradients_after_damped_solves_are_exact(linearisation, damping):
     in_turn = lambda f, y0, xs: lax.scan(f, y0, xs)[1]
     argnums, inputs = (0, 1, 2), (weights, y0, xs)
     expected = jax.jit(jax.grad(ft.partial(loss, in_turn), argnums))(*inputs)
-    actual = jax.jit(jax.grad(ft.partial(loss, ours), argnums))(*inputs)
+    of_ours = ft.partial(loss, ours)
+    actual, forward = jax.jit(
+        lambda *x: (jax.grad(of_ours, argnums)(*x), jax.jvp(of_ours, x, x)[1])
+    )(*inputs)
     assert_close(actual, expected, rounding())
-    forward = jax.jit(lambda *x: jax.jvp(ft.partial(loss, ours), x, x)[1])(*inputs)
     wanted = sum(jnp.sum(g * x) for g, x in zip(expected, inputs, strict=True))
     assert_close(forward, wanted, rounding())

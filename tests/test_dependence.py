@@ -426,10 +426,16 @@ def chosen(step, state, linearisation=Exact()):
 def check_jacobian(linearisation, flat, size):
     """It has every entry of the true one in its place."""
     y = jr.normal(jr.key(3), (size,))
-    value, A = jax.jit(lambda y: linearisation(flat, y))(y)
-    columns = jax.vmap(A.apply, in_axes=1, out_axes=1)(jnp.eye(size))
-    np.testing.assert_allclose(columns, jax.jacfwd(flat)(y), atol=1e-14)  # a few eps
-    np.testing.assert_allclose(value, flat(y), atol=1e-14)
+
+    @jax.jit
+    def both(y):
+        value, A = linearisation(flat, y)
+        columns = jax.vmap(A.apply, in_axes=1, out_axes=1)(jnp.eye(size))
+        return (value, columns), (flat(y), jax.jacfwd(flat)(y))
+
+    (value, columns), (expected, jacobian) = both(y)
+    np.testing.assert_allclose(columns, jacobian, atol=1e-14)  # a few eps
+    np.testing.assert_allclose(value, expected, atol=1e-14)
 
 
 def heads(num_heads, size, cell=eqx.nn.GRUCell):

@@ -80,6 +80,7 @@ def linear(A):
 # --- Lyapunov exponents ---------------------------------------------------------------
 
 
+@pytest.mark.slow(covered_by="test_logistic_map")
 def test_lorenz():
     found = diagnose_lorenz(100.0, max_iterations=1)
     # Over so long an interval exponents of different trajectories scatter by 0.02.
@@ -131,10 +132,10 @@ def test_logistic_map():
         (
             (diffrax.Tsit5(), 1),
             (diffrax.Tsit5(), -1),
-            (RadauIIA(), 1),
+            (RadauIIA(2), 1),
             (deer_ode.Obreshkov(), -1),
         ),
-        lambda row: row[1] == (1 if isinstance(row[0], diffrax.Tsit5) else -1),
+        lambda row: row != (RadauIIA(2), 1),
     ),
     ids=repr,
 )
@@ -192,7 +193,7 @@ def test_largest_growth():
     "guess, rate, rtol",
     slow_rows(
         ((None, 1.5, None), (0.3, 3.2, None), (0.62, 3.9, None), (0.3, 2.8, 1e-6)),
-        lambda row: row[1] == 3.2,
+        lambda row: row[1] in (3.2, 3.9),
     ),
 )
 def test_iterations_are_those_of_newton(guess, rate, rtol):
@@ -206,6 +207,7 @@ def test_iterations_are_those_of_newton(guess, rate, rtol):
     assert found.num_good_steps[-1] == 12 == found.num_steps
 
 
+@pytest.mark.slow(covered_by="test_iterations_are_those_of_newton")
 def test_iterations_of_a_differential_equation():
     term, y0 = diffrax.ODETerm(van_der_pol), jnp.array([2.0, 0.0])
     solver = DEER(diffrax.Heun(), Newton(fallback=False, window=None))
@@ -365,6 +367,7 @@ def test_chaos():
     assert diagnose_lorenz(0.01 * window).converged
 
 
+@pytest.mark.slow(covered_by="test_chaos")
 def test_the_recommended_window_converges():
     """No step is left to be taken on its own; nor with a round number nearby."""
     term, interval = diffrax.ODETerm(lorenz), (0.0, 30.0, 0.005)

@@ -51,7 +51,8 @@ from .helpers import (
 TERM = diffrax.ODETerm(lotka_volterra)
 Y0 = jnp.array([10.0, 5.0])
 HEUN = DEER(diffrax.Heun(), Newton())
-AUTO, NEWTON = Auto(), Newton()
+#: Newton's with neither windows nor chunks: fewer programs to compile.
+AUTO, NEWTON = Auto(), Newton(window=None, chunk=1)
 
 
 #: Where whole intervals and windows have the same code to go through, or both of the
@@ -65,6 +66,10 @@ HESSIANS = [
 ]
 
 
+#: What others of the same table stand for.
+RARE = ("never", "rooted")
+
+
 def by_method(names, by_newton, doors=tuple(DOORS)):
     """Rows of names, doors and methods. What is saved and what ends a solve is the same
     code for all methods, and compiles five times faster with the default one: the
@@ -75,6 +80,7 @@ def by_method(names, by_newton, doors=tuple(DOORS)):
         values, marks = getattr(row, "values", row), getattr(row, "marks", ())
         for what, method in (("auto", AUTO), ("newton", NEWTON)):
             is_other = (what == "newton") != (values[0] in by_newton)
+            is_other = is_other or values[0] in RARE
             is_slow = pytest.mark.slow if marks or is_other else ()
             name = "-".join((*values, what))
             rows.append(pytest.param(*values, method, marks=is_slow, id=name))
@@ -383,7 +389,7 @@ EVENTS = {
 
 
 @pytest.mark.parametrize(
-    "which, door, method", by_method(EVENTS, ("rooted",), ("b", "c", "a"))
+    "which, door, method", by_method(EVENTS, ("boolean",), ("b", "c", "a"))
 )
 def test_events(which, door, method):
     """The bouncing ball's first bounce, with saves around it."""
@@ -398,6 +404,7 @@ def test_events(which, door, method):
 
 
 @pytest.mark.parametrize("door", IN_ONE)
+@pytest.mark.slow(covered_by="test_situations.py::test_situation")
 def test_gradient_of_an_event_time(door):
     """d(sqrt(2 h / g)) / dh, known in closed form."""
 
@@ -481,6 +488,9 @@ def test_derivatives_with_an_event_before_what_is_not_a_number(root_finder, meth
     ],
     ids=repr,
 )
+@pytest.mark.slow(
+    covered_by="test_derivatives_with_an_event_before_what_is_not_a_number"
+)
 def test_derivatives_with_an_event_before_times_without_a_field(solver, door):
     """The field is not a number from t = 1 on, whatever the state."""
     kwargs = dict(
@@ -540,7 +550,7 @@ STATES = {
 
 @pytest.mark.filterwarnings("ignore:Complex dtype support in Diffrax")
 @pytest.mark.parametrize(
-    "which, door, method", by_method(STATES, ("tree", "none"), ("b", "c", "a"))
+    "which, door, method", by_method(STATES, ("none",), ("b", "c", "a"))
 )
 def test_states(which, door, method):
     field, y0 = STATES[which]
@@ -644,7 +654,11 @@ def test_closed_over_parameters(door):
         assert_close(slope, expected, rounding())
 
 
-def test_forward_mode_and_direct_adjoint_in_windows():
+ADJOINTS = {"forward": diffrax.ForwardMode(), "direct": diffrax.DirectAdjoint()}
+
+
+@pytest.mark.parametrize("name", slow(ADJOINTS, lambda name: name == "direct"))
+def test_forward_mode_and_direct_adjoint_in_windows(name):
     def loss(door, adjoint, a):
         kw = {} if door is None else dict(num_substeps=3)
         dt0 = 0.1 if door is None else 0.3
@@ -657,12 +671,12 @@ def test_forward_mode_and_direct_adjoint_in_windows():
     a = jnp.array(1.1)
     checkpointed = lambda a: loss(None, diffrax.RecursiveCheckpointAdjoint(), a)
     expected = jax.jit(jax.grad(checkpointed))(a)
-    forward = lambda a: loss("c", diffrax.ForwardMode(), a)
-    direct = lambda a: loss("c", diffrax.DirectAdjoint(), a)
-    assert_close(jax.jit(jax.jacfwd(forward))(a), expected, rounding())
-    assert_close(jax.jit(jax.grad(direct))(a), expected, rounding())
+    slope = jax.jacfwd if name == "forward" else jax.grad
+    actual = jax.jit(slope(lambda a: loss("c", ADJOINTS[name], a)))(a)
+    assert_close(actual, expected, rounding())
 
 
+@pytest.mark.slow(covered_by="test_hessian")
 def test_hessian_of_steps():
     ts = jnp.linspace(0.0, 1.0, 6)
 
@@ -728,7 +742,8 @@ def test_vmap(over, door):
     np.testing.assert_array_equal(np.asarray(counts), np.asarray(expected_counts))
 
 
-def test_padding_is_exact_in_gradients():
+@pytest.mark.parametrize("max_steps", slow((10, 24), lambda n: n == 10))
+def test_padding_is_exact_in_gradients(max_steps):
     """Past t1 the field is infinite: the padded steps must not look there."""
     field = lambda t, y, args: -args * y / jnp.sqrt(1.0 + 1e-3 - t)
 
@@ -744,8 +759,7 @@ def test_padding_is_exact_in_gradients():
     args = jnp.array(0.9)
     grad = lambda *which: jax.jit(jax.grad(loss(*which)))(args)
     expected = grad(None, 10)
-    assert_close(grad("b", 10), expected, rounding())
-    assert_close(grad("b", 24), expected, rounding())
+    assert_close(grad("b", max_steps), expected, rounding())
 
 
 @pytest.mark.parametrize("door", A_OR_B)
@@ -782,6 +796,7 @@ def test_solver_state_in_windows():
 
 
 @pytest.mark.parametrize("door", A_OR_B)
+@pytest.mark.slow(covered_by="test_a_resumed_solve")
 def test_controller_state_goes_on(door):
     """Stop after some steps and go on from the controller's state, which keeps the size
     that steps had.
@@ -869,6 +884,7 @@ def test_a_resumed_solve(first, second):
     assert sol.stats["max_steps"] == max(int(stock.stats["num_steps"]), 1)
 
 
+@pytest.mark.slow(covered_by="test_a_resumed_solve")
 def test_a_resumed_solve_with_its_trajectory():
     """Of as many steps where these are counted; by `dt0` where the state is traced."""
     kept = diffrax.SaveAt(t1=True, controller_state=True, solver_state=True)
@@ -964,6 +980,7 @@ def test_a_window_that_fails_is_rejected():
 
 
 @pytest.mark.parametrize("door", IN_ONE)
+@pytest.mark.slow(covered_by="test_newton.py::test_non_finite_answers")
 def test_non_finite_where_the_sequential_answer_is(door):
     """y' = y^2 blows up at t = 1."""
     kwargs = dict(

@@ -49,6 +49,7 @@ def recurrence(params, y0, xs, f=cell):
     return Recurrence(step, y0, xs, StateFlattener(y0))
 
 
+@eqx.filter_jit
 def loop(params, y0, xs, f=cell):
     def step(y, x):
         y = f(params, y, x)
@@ -98,12 +99,28 @@ def test_agrees_with_the_loop(linearisation, dtype):
     assert float(solution.residual) <= 64 * 3 * float(jnp.finfo(dtype).eps)
 
 
+#: Neither windows nor chunks: fewer programs to compile.
+ALL_AT_ONCE = Newton(guess=Constant(), window=None, chunk=1)
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), gain=st.floats(0.1, 1.2))
 def test_random_stable_recurrences(seed, gain):
     inputs = problem(seed, gain=gain)
-    solution, _ = solve(*inputs, Newton(guess=Constant()))
+    solution, _ = solve(*inputs, ALL_AT_ONCE)
     assert_close(solution.ys, loop(*inputs), rounding())
+
+
+@jax.jit
+def loop_from(start, params, y0, xs, ys):
+    """The loop that begins after so many of `ys`: one program for all such numbers."""
+
+    def step(y, element):
+        i, x, given = element
+        y = jnp.where(i < start, given, cell(params, y, x))
+        return y, y
+
+    return lax.scan(step, y0, (jnp.arange(len(xs)), xs, ys))[1]
 
 
 @settings(max_examples=15, deadline=None)
@@ -112,8 +129,8 @@ def test_random_wild_recurrences_are_right_or_say_so(seed, gain):
     """Saturating cells with large weights, where full convergence is not to be had."""
     inputs = problem(seed, gain=gain)
     expected = loop(*inputs)
-    method = Newton(guess=Constant(), newton_max_steps=5, fallback=False)
-    solution, result = solve(*inputs, method)
+    limited = dict(guess=Constant(), newton_max_steps=5, window=None, chunk=1)
+    solution, result = solve(*inputs, Newton(**limited, fallback=False))
     good = int(solution.num_good_steps)
     assert (good == 40) == bool(result == optx.RESULTS.successful)
     # Five iterations make five steps right, of which the last has not been looked at.
@@ -122,12 +139,11 @@ def test_random_wild_recurrences_are_right_or_say_so(seed, gain):
     # the gain in each step, but far below any wrong branch.
     error = np.abs(np.asarray(solution.ys - expected))[:4]
     assert error.max() <= rounding() * gain**4
-    finished, result = solve(*inputs, Newton(guess=Constant(), newton_max_steps=5))
+    finished, result = solve(*inputs, Newton(**limited))
     assert result == optx.RESULTS.successful
     assert int(finished.num_fallback_steps) == 40 - good
     # The tail is the loop's own, from the prefix on.
-    tail = loop(inputs[0], finished.ys[good - 1], inputs[2][good:])
-    assert_close(finished.ys[good:], tail, rounding())
+    assert_close(finished.ys, loop_from(good, *inputs, finished.ys), rounding())
 
 
 def test_k_iterations_make_k_steps_right():
@@ -209,8 +225,9 @@ def test_gradients_are_exact_in_every_mode(linearisation):
         return of
 
     argnums = (0, 1, 2)
-    converged = Newton(linearisation, Constant())
-    finished = Newton(linearisation, Constant(), newton_max_steps=1)
+    at_once = dict(window=None, chunk=1)
+    converged = Newton(linearisation, Constant(), **at_once)
+    finished = Newton(linearisation, Constant(), newton_max_steps=1, **at_once)
     expected = jax.jit(jax.grad(loss(None), argnums))(*inputs)
     with_gradient = jax.jit(jax.value_and_grad(loss(converged), argnums))
     assert_close(with_gradient(*inputs)[1], expected, rounding(), what="converged")
@@ -236,8 +253,7 @@ def test_hessian():
         return lambda y0, b: jnp.sum(jnp.sin(solver(params | {"b": b}, y0, xs)))
 
     def ours(params, y0, xs):
-        method = Newton(guess=Constant())
-        return solve_trajectory(recurrence(params, y0, xs), method).ys
+        return solve_trajectory(recurrence(params, y0, xs), ALL_AT_ONCE).ys
 
     actual = jax.jit(jax.hessian(loss(ours), (0, 1)))(y0, params["b"])
     expected = jax.jit(jax.hessian(loss(loop), (0, 1)))(y0, params["b"])
@@ -247,7 +263,7 @@ def test_hessian():
 def test_vmap_leaves_converged_lanes_alone():
     """One lane converges at once, another takes long: both are right."""
     params, y0, xs = problem(gain=1.5)
-    method = Newton(guess=Constant())
+    method = ALL_AT_ONCE
     gains = jnp.array([0.1, 1.0])
 
     def run(gain):
@@ -283,8 +299,8 @@ def test_short(num_steps):
 def test_a_good_guess_is_worth_iterations():
     inputs = problem(gain=1.5)
     answer = loop(*inputs)
-    cold, _ = solve(*inputs, Newton(guess=Constant()))
-    warm, _ = solve(*inputs, Newton(guess=Trajectory(answer)))
+    cold, _ = solve(*inputs, ALL_AT_ONCE)
+    warm, _ = solve(*inputs, Newton(guess=Trajectory(answer), window=None, chunk=1))
     assert int(warm.num_newton_steps) == 1 < int(cold.num_newton_steps)
     assert_close(warm.ys, answer, rounding())
 
@@ -292,17 +308,17 @@ def test_a_good_guess_is_worth_iterations():
 def test_tolerances_are_used():
     """A loose tolerance stops early, with a residual of its size."""
     inputs = problem(gain=1.2)
-    loose, _ = solve(*inputs, Newton(guess=Constant(), rtol=0.0, atol=1e-2))
-    tight, _ = solve(*inputs, Newton(guess=Constant()))
+    loosely = dict(guess=Constant(), rtol=0.0, atol=1e-2, window=None, chunk=1)
+    loose, _ = solve(*inputs, Newton(**loosely))
+    tight, _ = solve(*inputs, ALL_AT_ONCE)
     assert int(loose.num_newton_steps) < int(tight.num_newton_steps)
     assert float(tight.residual) < float(loose.residual) <= 1e-2
-    two_norm = Newton(guess=Constant(), rtol=0.0, atol=1e-2, norm=optx.two_norm)
-    solution, _ = solve(*inputs, two_norm)
+    solution, _ = solve(*inputs, Newton(**loosely, norm=optx.two_norm))
     assert float(solution.residual) <= 1e-2
 
 
-def test_a_batch_of_long_ones():
-    """One after the other on a CPU: in the memory of one, each with its own count."""
+def long_ones():
+    """Gains, and recurrences with them: by Newton's method, and the loop."""
     size, num_steps = 8, 1100
     keys = jr.split(jr.key(0), 3)
     weights = jr.normal(keys[0], (size, size)) / size**0.5
@@ -319,6 +335,12 @@ def test_a_batch_of_long_ones():
         f = both(lambda y, x: jnp.tanh(gain * (weights @ y)) + x)
         return lax.scan(f, jnp.zeros(size), xs)[1]
 
+    return gains, states, loop
+
+
+def test_a_batch_of_long_ones():
+    """One after the other on a CPU: in the memory of one, each with its own count."""
+    gains, states, loop = long_ones()
     batch = jax.jit(jax.vmap(states)).lower(gains).compile()
     ys, counts = batch(gains)
     assert_close(ys[:3], jax.vmap(loop)(gains[:3]), rounding())
@@ -327,6 +349,11 @@ def test_a_batch_of_long_ones():
     assert counts[0] < counts[3]
     used = lambda program: program.memory_analysis().temp_size_in_bytes
     assert used(batch) < 2 * used(single)
+
+
+@pytest.mark.slow(covered_by="test_tangent.py::test_a_batch")
+def test_gradients_of_a_batch_of_long_ones():
+    gains, states, loop = long_ones()
 
     def slopes(run):
         loss = lambda gain: jnp.mean(run(gain) ** 2)

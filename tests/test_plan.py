@@ -94,7 +94,9 @@ def test_the_chosen_jacobian_is_part_of_it():
     (
         Plan("newton"),
         Plan("newton", whole_first=True, window=16),
-        Plan("newton", whole_first=False, window=16),
+        pytest.param(
+            Plan("newton", whole_first=False, window=16), marks=pytest.mark.slow
+        ),
         Plan("newton", whole_first=False, window=5, chunk=4),
         Plan("newton", is_batch_sequential=True),
         Plan("newton", "accelerator", whole_first=True, window=16),

@@ -90,6 +90,10 @@ PROBLEMS = {
     "ShOULD": (diffrax.ShOULD(), lambda: langevin(tree(AREAS))),
     "QUICSORT": (diffrax.QUICSORT(), lambda: langevin(tree(AREAS))),
     "half steps": (diffrax.HalfSolver(diffrax.Euler()), lambda: sde(tree())),
+    "unsafe path of a Langevin equation": (
+        diffrax.ALIGN(),
+        lambda: langevin(diffrax.UnsafeBrownianPath((2,), jr.key(3), AREA)),
+    ),
     "unsafe path": (
         diffrax.Heun(),
         lambda: sde(diffrax.UnsafeBrownianPath((2,), jr.key(3))),
@@ -112,8 +116,9 @@ def solve(how, name, t0=0.0, t1=1.0, **kwargs):
 # --- the sample path ----------------------------------------------------------------
 
 
-# The others are in the table of all solvers.
-ORDINARY = ("ShOULD", "QUICSORT")
+# The others are in the table of all solvers, or take far longer to compile than this
+# one of their kind.
+ORDINARY = ("unsafe path of a Langevin equation",)
 
 
 @pytest.mark.parametrize(
@@ -146,15 +151,16 @@ def test_same_path_as_diffrax(name):
 
 
 def test_backward_in_time():
-    run = lambda how: solve(how, "StratonovichMilstein", 1.0, 0.0, max_steps=40).ys
+    run = lambda how: solve(how, "Heun", 1.0, 0.0, max_steps=40).ys
     assert_close(run(DOORS["b"]), run(stock), rounding())
 
 
+@pytest.mark.slow(covered_by="test_solvers.py::test_float32")
 def test_float32():
     f32 = jnp.float32
     terms, y0, args = sde(tree(dtype=f32))
     run = lambda how: how(
-        terms, diffrax.Heun(), f32(0), f32(1), f32(1 / NUM_STEPS), y0, args
+        terms, diffrax.Euler(), f32(0), f32(1), f32(1 / NUM_STEPS), y0, args
     ).ys  # fmt: skip
     sequential = run(stock)
     assert sequential.dtype == f32
@@ -165,6 +171,7 @@ GRADIENTS = ("Euler", "StratonovichMilstein", "ShARK", "ShOULD", "half steps")
 
 
 @pytest.mark.parametrize("name", slow(GRADIENTS, lambda name: name != "Euler"))
+@pytest.mark.slow(covered_by="test_values_and_gradients")
 def test_gradients_equal_those_of_diffrax(name):
     solver, problem = PROBLEMS[name]
     terms, y0, args = problem()
@@ -237,6 +244,7 @@ def test_strong_order_against_the_exact_solution(solver, is_ito, expected):
     assert abs(observed_order(errors, counts) - expected) < 0.15, errors
 
 
+@pytest.mark.slow(covered_by="test_strong_order_against_the_exact_solution")
 def test_strong_order_of_additive_noise():
     """ShARK's 1.5, against many more of its own steps on the same paths."""
     make_terms = lambda path: diffrax.MultiTerm(
@@ -308,20 +316,24 @@ def random_draw(levy_area, use_levy):
             (AREA, True),
             (AREAS, True),
         ),
-        # The last has all that this one has.
-        lambda row: row == (AREA, True),
+        # The last has all that these have.
+        lambda row: row in ((AREA, True), (diffrax.BrownianIncrement, True)),
     ),
 )
 def test_increments_add_up(levy_area, use_levy):
     """Blocks of three steps: what the path says from their start to each point."""
     from deer_ode._discretisation._increments import _accumulate
 
-    path, ts, increments = random_draw(levy_area, use_levy)
-    blocks = jtu.tree_map(lambda x: x.reshape(2, 3, *x.shape[1:]), increments)
-    evaluate = lambda t0, t1: path.evaluate(t0, t1, use_levy=use_levy)
-    starts = jnp.broadcast_to(ts[:-1:3][:, None], (2, 3))
-    expected = jax.vmap(jax.vmap(evaluate))(starts, ts[1:].reshape(2, 3))
-    assert_close(_accumulate(blocks), expected, 1e-12)
+    @jax.jit
+    def both():
+        path, ts, increments = random_draw(levy_area, use_levy)
+        blocks = jtu.tree_map(lambda x: x.reshape(2, 3, *x.shape[1:]), increments)
+        evaluate = lambda t0, t1: path.evaluate(t0, t1, use_levy=use_levy)
+        starts = jnp.broadcast_to(ts[:-1:3][:, None], (2, 3))
+        expected = jax.vmap(jax.vmap(evaluate))(starts, ts[1:].reshape(2, 3))
+        return _accumulate(blocks), expected
+
+    assert_close(*both(), 1e-12)
 
 
 class _AsksInALoop(diffrax.AbstractItoSolver):
@@ -344,9 +356,12 @@ class _AsksInALoop(diffrax.AbstractItoSolver):
 
 
 def test_solvers_that_ask_in_loops_ask_the_path_itself():
-    terms, y0, args = sde(tree())
-    run = lambda how: how(terms, _AsksInALoop(), 0.0, 1.0, 0.25, y0, args).ys
-    assert_close(run(DOORS["a"]), run(stock), rounding())
+    terms, y0, args = sde(diffrax.UnsafeBrownianPath((2,), jr.key(3)))
+    run = lambda how, **kwargs: (
+        how(terms, _AsksInALoop(), 0.0, 1.0, 0.25, y0, args, max_steps=4, **kwargs).ys
+    )
+    sequential = run(stock, adjoint=diffrax.ForwardMode())
+    assert_close(run(DOORS["b"]), sequential, rounding())
 
 
 def test_increments_that_depend_on_the_state_are_not_stored():

@@ -32,7 +32,9 @@ from .helpers import (
 
 
 SIZE = 3
-SHARED = Newton(SharedJacobian())
+#: Neither windows nor chunks: fewer programs to compile.
+SHARED = Newton(SharedJacobian(), window=None, chunk=1)
+EXACT = Newton(Dense(), window=None, chunk=1)
 
 
 def weights(dtype=jnp.float64, gain=2.0, width=24):
@@ -71,10 +73,14 @@ def jacobians(recurrence):
 def test_it_is_the_jacobian_up_to_the_third_power():
     steps = np.array([0.08, 0.04, 0.02, 0.01])
     errors = []
-    for h in steps:
+
+    @jax.jit
+    def both(h):
         recurrence = steps_of(h)
-        values, A = jacobians(recurrence)
-        same_values, simplified = jacobians(recurrence.simplified())
+        return jacobians(recurrence), jacobians(recurrence.simplified())
+
+    for h in steps:
+        (values, A), (same_values, simplified) = both(h)
         np.testing.assert_array_equal(np.asarray(values), np.asarray(same_values))
         # Padding does nothing, and its derivative is that of nothing.
         np.testing.assert_array_equal(np.asarray(simplified[2]), np.eye(SIZE))
@@ -125,18 +131,25 @@ def solve(solver, args, dt=0.05, term=diffrax.ODETerm(field), t1=6.0, y0=None):
     return run(term, solver, 0.0, t1, dt, y0, args, saveat=diffrax.SaveAt(ts=ts))
 
 
-@pytest.mark.parametrize("chunk", slow((1, 4), lambda chunk: chunk == 1))
-def test_answers_and_gradients_are_the_same(chunk):
+@pytest.mark.parametrize(
+    "linearisation, chunk",
+    slow_rows(
+        [(x, chunk) for x in (SharedJacobian(), Dense()) for chunk in (1, 4)],
+        lambda row: row != (SharedJacobian(), 4),
+    ),
+    ids=str,
+)
+def test_answers_and_gradients_are_the_same(linearisation, chunk):
     def loss(solver):
         return jax.value_and_grad(lambda args: jnp.sum(solve(solver, args).ys ** 2))
 
     args = weights()
     expected = loss(diffrax.Tsit5())(args)
-    for linearisation in (SharedJacobian(), Dense()):
-        solver = DEER(diffrax.Tsit5(), Newton(linearisation, chunk=chunk))
-        assert_close(loss(solver)(args), expected, rounding())
+    method = Newton(linearisation, window=None, chunk=chunk)
+    assert_close(loss(DEER(diffrax.Tsit5(), method))(args), expected, rounding())
 
 
+@pytest.mark.slow(covered_by="test_answers_and_gradients_are_the_same")
 def test_float32():
     args = weights(jnp.float32)
     expected = solve(diffrax.Tsit5(), args).ys
@@ -145,12 +158,12 @@ def test_float32():
     assert int(actual.stats["num_fallback_steps"]) == 0
 
 
-@pytest.mark.parametrize("dt", slow((0.5, 0.05, 0.01), lambda dt: dt == 0.05))
+@pytest.mark.parametrize("dt", slow((0.5, 0.05, 0.01), lambda dt: dt != 0.5))
 def test_as_many_iterations(dt):
     """Where steps are long, up to half as many again; nothing is finished in turn."""
     args, counts = weights(), []
-    for linearisation in (SharedJacobian(), Dense()):
-        sol = solve(DEER(diffrax.Tsit5(), Newton(linearisation)), args, dt)
+    for method in (SHARED, EXACT):
+        sol = solve(DEER(diffrax.Tsit5(), method), args, dt)
         assert int(sol.stats["num_fallback_steps"]) == 0
         counts.append(int(sol.stats["num_newton_steps"]))
     shared, exact = counts
@@ -184,7 +197,7 @@ def test_a_stochastic_equation():
     assert_close(simplified, A, 0.03)
     assert float(jnp.max(jnp.abs(plain - simplified))) > 0.01
     sol = solve(DEER(diffrax.Heun(), SHARED), args, term=term)
-    expected = solve(DEER(diffrax.Heun(), Newton(Dense())), args, term=term)
+    expected = solve(DEER(diffrax.Heun(), EXACT), args, term=term)
     assert_close(sol.ys, expected.ys, rounding())
     assert int(sol.stats["num_fallback_steps"]) == 0
 
@@ -204,15 +217,20 @@ def test_solves_use_it(uses):
     """And nothing else does: another linearisation, or steps that are equations."""
     # Other steps than those of other tests, so that they are traced.
     steps = dict(dt=0.06, t1=0.6)
-    solve(DEER(diffrax.Tsit5(), Newton()), weights(), **steps)
+    # Traced, and not compiled.
+    trace = lambda method: jax.eval_shape(
+        lambda args: solve(DEER(diffrax.Tsit5(), method), args, **steps).ys, weights()
+    )
+    trace(Newton(window=None, chunk=1))
     equations = solve(DEER(Obreshkov(1), SHARED), weights(), **steps)
     expected = solve(DEER(Obreshkov(1)), weights(), **steps)
     assert_close(equations.ys, expected.ys, rounding())
     assert uses == []
-    solve(DEER(diffrax.Tsit5(), SHARED), weights(), **steps)
+    trace(SHARED)
     assert uses
 
 
+@pytest.mark.slow(covered_by="test_answers_and_gradients_are_the_same")
 def test_a_batch_backwards():
     """A state of several arrays, in a batch, and time runs the other way."""
 
@@ -245,6 +263,7 @@ def test_where_nobody_counts_operations(monkeypatch):
     "h, shared, exact",
     slow_rows(((0.05, 5, 3), (0.15, 11, 6), (0.3, 29, 10)), lambda row: row[0] != 0.05),
 )
+@pytest.mark.slow(covered_by="test_as_many_iterations")
 def test_iterations_of_two_oscillators(h, shared, exact):
     """The first column of the table in docs/how-to-choose.md, give or take two."""
     keys = jr.split(jr.key(0), 2)

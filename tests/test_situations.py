@@ -459,11 +459,12 @@ def sequential():
 
 #: Newton's method takes longer to compile than the default: in the ordinary run it
 #: solves these situations, and the default the others.
-BY_NEWTON = ("neural ODE", "neural CDE by its control", "bounces")
+BY_NEWTON = ("neural ODE", "neural CDE by its control")
 #: What others of these stand for.
 RARE = (
     "latent ODE", "neural CDE as an ODE", "neural CDE by its control", "stiff",
-    "planet", "Stratonovich ensemble", "two levels",
+    "planet", "Stratonovich ensemble", "two levels", "fit of oscillators",
+    "Ito ensemble", "forcing",
 )  # fmt: skip
 
 
@@ -513,10 +514,12 @@ def steady_states(door, tol, **kwargs):
 
 
 @pytest.mark.parametrize("door", slow(("a", "b"), lambda door: door == "a"))
+@pytest.mark.slow(covered_by="test_doors.py::test_steady_state_without_an_end")
 def test_steady_states(door):
     assert_close(steady_states(door, 1e-5), steady_states(None, 1e-5), rounding())
 
 
+@pytest.mark.slow(covered_by="test_doors.py::test_steady_state_without_an_end")
 def test_steady_states_in_windows():
     """Looked for at the ends of windows, so at rest a little longer than stock."""
     tol = 1e-5

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+import scipy.integrate
 
 import deer_ode
 from deer_ode import (
@@ -76,6 +77,7 @@ def _forced_network_problem():
         pytest.param(AveragedExponential(), 300, 1.5e-3, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow(covered_by="test_equations.py::test_values_and_gradients")
 def test_the_papers_field_on_few_points(solver, num_points, tol):
     args, y0 = _forced_network_problem()
     term = diffrax.ODETerm(_forced_network)
@@ -84,7 +86,8 @@ def test_the_papers_field_on_few_points(solver, num_points, tol):
         stepsize_controller=diffrax.StepTo(ts),
         saveat=diffrax.SaveAt(steps=True),
     )
-    method = Newton(fallback=False)  # which fails where it does not converge
+    # It fails where it does not converge.
+    method = Newton(fallback=False, window=None, chunk=1)
     deer = DEER(Obreshkov(), method) if solver is None else DEER(solver, method)
     sol = deer_ode.diffeqsolve(term, deer, 0.0, 1.0, None, y0, args, **kwargs)
     ys = sol.ys[: num_points - 1]
@@ -96,18 +99,13 @@ def test_the_papers_field_on_few_points(solver, num_points, tol):
     )
     np.testing.assert_allclose(ys, twin.ys, rtol=0, atol=rounding())
 
-    fine = diffrax.diffeqsolve(
-        term,
-        diffrax.Dopri8(),
-        0.0,
-        1.0,
-        1e-4,
-        y0,
-        args,
-        saveat=diffrax.SaveAt(ts=ts[1:]),
-        max_steps=10_100,
-    )
-    np.testing.assert_allclose(ys, fine.ys, rtol=0, atol=tol)
+    field = jax.jit(_forced_network)
+    fine = scipy.integrate.solve_ivp(
+        lambda t, y: np.asarray(field(t, jnp.asarray(y), args)), (0.0, 1.0),
+        np.asarray(y0), t_eval=np.asarray(ts[1:]), rtol=1e-10, atol=1e-10,
+        max_step=1e-3, method="DOP853",
+    ).y.T  # fmt: skip
+    np.testing.assert_allclose(ys, fine, rtol=0, atol=tol)
 
 
 # --- a linear system with eigenvalues -1 and -1e6 -------------------------------------
@@ -132,6 +130,7 @@ def _linear(t, y, args):
         pytest.param(Exprb43(), (1.0, 1.0), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow(covered_by="test_problems_of_the_test_sets")
 def test_linear_system(solver, modes):
     # All at once, from the explicit guess, which is of no use here.
     plain = Newton(window=None)
@@ -147,7 +146,8 @@ def test_linear_system(solver, modes):
 def test_obreshkov_does_not_damp():
     """It is stable, and no more: what is infinitely stiff alternates."""
     start = _MODES @ np.array([0.0, 1.0])
-    sol = solve(_linear, deer_ode.Obreshkov(), np.linspace(0.0, 1.0, 65), start)
+    plain = Newton(window=None, chunk=1)
+    sol = solve(_linear, Obreshkov(1), np.linspace(0.0, 1.0, 65), start, method=plain)
     size = np.max(np.abs(final(sol, 64))) / np.max(np.abs(start))
     assert 0.9 < size <= 1.001
 

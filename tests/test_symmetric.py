@@ -245,9 +245,9 @@ SOLVERS = {
 #: In the ordinary run every family, by a map or by equations, of each kind one.
 ORDINARY = {
     "linear": ("Euler",),
-    "quadratic": ("Obreshkov",),
+    "quadratic": ("trapezoid",),
     "gravity": ("Tsit5",),
-    "oscillators": ("RadauIIA",),
+    "oscillators": ("Euler",),
 }
 ROWS = slow_rows(
     [(family, solver) for family in FAMILIES for solver in SOLVERS],
@@ -305,9 +305,10 @@ def test_small_components_that_matter():
     """Components of 1e-7 are right to rounding of their own, not of the largest."""
     field, systems = FAMILIES["quadratic"]
     args, y0, t1 = jax.tree_util.tree_map(
-        jnp.asarray, systems["one infected in ten million"]
+        lambda x: jnp.asarray(x, jnp.float64), systems["one infected in ten million"]
     )
-    solver = SOLVERS["Tsit5"]
+    # Of the same program as in the table above.
+    solver = SOLVERS["trapezoid"]
     ys, _ = solve(field, solver, Newton(), args, y0, t1)
     expected, _ = solve(field, solver, Sequential(), args, y0, t1)
     np.testing.assert_allclose(ys[:, :2], expected[:, :2], rtol=1e-12)
