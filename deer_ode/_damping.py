@@ -264,7 +264,7 @@ def _scan(A, b, reverse: bool = False):
     return scan_steps(DenseTransition(A), b, reverse=reverse)
 
 
-def covariances_in_turn(A, lam):
+def covariances_by_a_loop(A, lam):
     r"""$P_i$ after each step: $P_i = (I + \lambda M_i)^{-1} M_i$ with $M_i = A_i
     P_{i-1} A_i^\top + I$, from $P_1 = 0$.
     """
@@ -307,6 +307,6 @@ def covariances_at_once(A, lam):
 def _covariances(A, lam):
     def run(platform):
         is_cpu = platform == "cpu"
-        return (covariances_in_turn if is_cpu else covariances_at_once)(A, lam)
+        return (covariances_by_a_loop if is_cpu else covariances_at_once)(A, lam)
 
     return by_platform(run)

@@ -92,7 +92,7 @@ class _Run(NamedTuple):
     end: TrajectoryArray
     """What the iteration ended with."""
     answer: TrajectoryArray
-    """The same, with what was not accepted computed one after the other."""
+    """The same, with what was not accepted computed sequentially."""
     other_solution_from: int | None
     """Where the iteration found another solution of the steps' equations."""
 

@@ -194,7 +194,7 @@ def recommend(found: Diagnosis, findings: Findings) -> str:
     if found.first_nonfinite is not None:
         return (
             f"The answer is not a number from step {found.first_nonfinite} on, "
-            "computed one after the other: no method can go on from there. Look at "
+            "computed sequentially: no method can go on from there. Look at "
             "that step, or end before it."
         )
     for start, cause in (

@@ -152,6 +152,6 @@ def stats(solved: Solved, outcome: Outcome) -> dict[str, Any]:
         # Neither padding nor what comes after an event counts.
         first_nonfinite_step=jnp.where(nonfinite < outcome.num_until, nonfinite, -1),
         num_fallback_steps=jnp.sum(
-            solution.in_turn & (indices < outcome.num_steps), dtype=jnp.int32
+            solution.is_sequential & (indices < outcome.num_steps), dtype=jnp.int32
         ),
     )

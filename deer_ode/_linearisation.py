@@ -174,7 +174,7 @@ def _has_blocks(groups: Groups, order: BlockOrder) -> bool:
 class BlockDiagonal(AbstractLinearisation):
     r"""The diagonal blocks of the Jacobian: for states of many small heads.
 
-    For a state of $n / s$ heads of $s$ entries each, one after the other,
+    For a state of $n / s$ heads of $s$ consecutive entries each,
 
     $$A \approx \operatorname{diag}(A^{(1)}, \dots, A^{(n / s)}).$$
 

@@ -31,8 +31,8 @@ class TrajectorySolution(NamedTuple):
     """Leading steps that satisfy the recurrence; all of them after success."""
     num_newton_steps: Int[Array, ""]
     num_windows: Int[Array, ""]
-    in_turn: Mask
-    """Which steps were taken one after the other."""
+    is_sequential: Mask
+    """Which steps were sequential."""
     residual: Float[Array, ""]
     """Largest residual over the steps that were solved for, before the last
     correction.
@@ -45,7 +45,7 @@ class TrajectorySolution(NamedTuple):
 
     @property
     def num_fallback_steps(self) -> Int[Array, ""]:
-        return jnp.sum(self.in_turn, dtype=jnp.int32)
+        return jnp.sum(self.is_sequential, dtype=jnp.int32)
 
     def stats(self) -> dict[str, Any]:
         """What the user gets to see of it, beside the counts of steps."""
@@ -144,7 +144,7 @@ def solve_sequentially(
 def sequential_solution(
     ys: Trajectory, *, only_finite: bool = False
 ) -> TrajectorySolution:
-    """`ys` were found one after the other. If `only_finite`, steps are good up to the
+    """`ys` are sequential steps. If `only_finite`, steps are good up to the
     first one to a state that is not finite.
     """
     count = jnp.asarray(ys.shape[0], jnp.int32)
@@ -157,7 +157,7 @@ def sequential_solution(
         num_good_steps=jnp.where(is_stuck, nonfinite, count),
         num_newton_steps=none,
         num_windows=none,
-        in_turn=jnp.ones(ys.shape[0], bool),
+        is_sequential=jnp.ones(ys.shape[0], bool),
         residual=zero,
         damping=zero,
         first_nonfinite_step=nonfinite,

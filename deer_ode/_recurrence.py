@@ -101,7 +101,7 @@ class AbstractRecurrence(eqx.Module):
         """$f_i(y)$ for the step of zero-based `index`: one sequential step."""
 
     def loop(self) -> Trajectory:
-        """All steps, one after the other."""
+        """All steps, sequentially."""
 
         def step(y, index):
             y = self.step(index, y)

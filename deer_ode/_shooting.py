@@ -1,6 +1,6 @@
 r"""Several steps as one: shooting.
 
-$c$ steps one after the other are a step as well,
+$c$ consecutive steps are a step as well,
 
 $$F_k = f_{(k + 1) c} \circ \dots \circ f_{k c + 1}, \qquad
 \frac{\partial F_k}{\partial y} = A_{(k + 1) c} \cdots A_{k c + 1},$$
@@ -163,7 +163,7 @@ class Chunks(AbstractMapRecurrence):
             through = jax.vmap(self._through, in_axes=(0, self.xs_axis))
             ys = through(starts, self.xs)[1]
         ys = ys.reshape(-1, ys.shape[-1])[:num_steps]
-        in_turn = jnp.repeat(solution.in_turn, self.size)[:num_steps]
+        is_sequential = jnp.repeat(solution.is_sequential, self.size)[:num_steps]
         good_until = jnp.minimum(solution.num_good_steps * self.size, num_steps)
         nonfinite = first_nonfinite_step(ys)
         if not fallback:
@@ -178,6 +178,6 @@ class Chunks(AbstractMapRecurrence):
         return solution._replace(
             ys=ys,
             num_good_steps=good_until,
-            in_turn=in_turn,
+            is_sequential=is_sequential,
             first_nonfinite_step=nonfinite,
         )

@@ -92,7 +92,7 @@ class Tally(NamedTuple):
     residual: Float[Array, ""]
     """The largest residual of a converged step, before its last correction."""
     damping: Float[Array, ""]
-    in_turn: Mask
+    is_sequential: Mask
     """Which steps were sequential."""
 
 
@@ -426,7 +426,7 @@ class Solve:
         )
         indices = jnp.arange(self.num_steps, dtype=jnp.int32)
         tally, no = progress.tally, jnp.zeros_like(progress.gives_up)
-        in_turn = tally.in_turn | ((indices >= num_good) & (indices < end))
+        is_sequential = tally.is_sequential | ((indices >= num_good) & (indices < end))
         # A failure of the window has been counted; one of `check` has not.
         uncounted = (~progress.gives_up).astype(jnp.int32)
         progress = progress._replace(
@@ -434,7 +434,7 @@ class Solve:
             num_good=end,
             largest=largest,
             is_stuck=no,
-            tally=tally._replace(in_turn=in_turn),
+            tally=tally._replace(is_sequential=is_sequential),
             num_guessed=jnp.where(end > num_good, end, progress.num_guessed),
             suspects_guess=no,
             gives_up=no,
@@ -482,7 +482,7 @@ class Solve:
             num_good_steps=progress.num_good,
             num_newton_steps=tally.num_newton_steps,
             num_windows=tally.num_windows,
-            in_turn=tally.in_turn,
+            is_sequential=tally.is_sequential,
             residual=tally.residual,
             damping=tally.damping,
             first_nonfinite_step=nonfinite,

@@ -218,7 +218,7 @@ def test_what_decides(monkeypatch):
     large = transition_of(jnp.zeros((3, 5, 5), jnp.float32))
     assert choose_scan(A) == SequentialScan()
     pretend_accelerator(monkeypatch)
-    monkeypatch.setattr("deer_ode._kernels.are_right", has_kernels)
+    monkeypatch.setattr("deer_ode._affine._kernels.are_right", has_kernels)
     assert choose_scan(A) == PlatformScan(SequentialScan(), KernelScan())
     assert choose_scan(large) == PlatformScan(SequentialScan(), AssociativeScan())
 

@@ -25,7 +25,7 @@ from deer_ode import (
 )
 from deer_ode._affine import BlockTransition, transition_of
 from deer_ode._blocks import find_blocks
-from deer_ode._damping import covariances_at_once, covariances_in_turn, smooth
+from deer_ode._damping import covariances_at_once, covariances_by_a_loop, smooth
 from deer_ode._misc import leading_true
 from deer_ode._scan import make_recurrence
 
@@ -79,7 +79,7 @@ def ratios(rows, columns):
 
 jitted_smooth = eqx.filter_jit(smooth)
 jitted_in_turn, jitted_at_once = (
-    jax.jit(covariances_in_turn),
+    jax.jit(covariances_by_a_loop),
     jax.jit(covariances_at_once),
 )
 LAMBDAS = (1e-3, 1e-2, 1.0, 300.0)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deer_ode import _kernels, affine_scan
-from deer_ode._kernels import are_right, can_run, compose, run
+from deer_ode import affine_scan
+from deer_ode._affine import _kernels
+from deer_ode._affine._kernels import are_right, can_run, compose, run
 
 from .helpers import assert_close, pretend_accelerator, rounding, slow
 
@@ -338,7 +339,7 @@ def test_a_jax_without_pallas_and_without_a_gpu(monkeypatch):
 
 
 def test_pallas_is_imported_in_one_place():
-    package = pathlib.Path(_kernels.__file__).parent
+    package = pathlib.Path(_kernels.__file__).parents[1]
     imports = re.compile(rf"^ *(?:import|from) {PALLAS}\b.*$", re.MULTILINE)
     found = [
         (path.name, line.strip())

@@ -137,7 +137,7 @@ def test_a_batch_that_converges_runs_no_window():
     followed = Plan("newton", whole_first=True, window=16, linearisation=Dense())
     count, solution = evaluations(alone, xs)
     assert evaluations(followed, xs)[0] == count > 0
-    assert not jnp.any(solution.in_turn)
+    assert not jnp.any(solution.is_sequential)
 
 
 def test_the_platform_is_known_while_tracing():

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .. import _kernels
 from .._plan import Platform, by_platform, default_platform
+from . import _kernels
 from ._arrays import shift
 from ._transitions import AbstractCoreTransition
 

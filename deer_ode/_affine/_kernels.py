@@ -27,7 +27,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ._foreign import pallas
+from .._foreign import pallas
 
 
 # At this size 238 of the 255 registers of a thread are taken, in double precision.
