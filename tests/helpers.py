@@ -293,14 +293,14 @@ def sequential_steps(solver, terms, ts, y0, args, times=None):
 
 def parallel_steps(solver, terms, ts, y0, args, times=None, method=None):
     """The same, all steps solved for at once."""
-    from deer_ode import Newton
+    from deer_ode import Constant, Newton
     from deer_ode._discretisation import Grid, discretise
     from deer_ode._implicit import solve_trajectory
 
     if method is None:
         # Neither windows nor chunks nor a sequential finish: fewer programs to compile,
         # and what is found is found in parallel.
-        method = Newton(window=None, chunk=1, fallback=False)
+        method = Newton(guess=Constant(), window=None, chunk=1, fallback=False)
     problem = discretise(solver, terms, Grid.from_points(ts), y0, args)
     ys = solve_trajectory(problem.recurrence, method).ys
     if times is None:
@@ -375,7 +375,7 @@ def _deer(solver, method, num_substeps=None):
 
     if method is None:
         # Neither windows nor chunks, of which there are tests: less to compile.
-        method = deer_ode.Newton(window=None, chunk=1)
+        method = deer_ode.Newton(guess=deer_ode.Constant(), window=None, chunk=1)
     return deer_ode.DEER(solver, method, num_substeps)
 
 

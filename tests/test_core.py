@@ -20,6 +20,7 @@ import optimistix as optx
 import pytest
 
 from deer_ode import (
+    Constant,
     Exact,
     Exprb32,
     Newton,
@@ -39,7 +40,7 @@ NUM_STEPS = 16
 NUM_SUBSTEPS = 4
 
 #: Neither windows nor chunks, of which there is one test: less to compile.
-AT_ONCE = Newton(window=None, chunk=1)
+AT_ONCE = Newton(guess=Constant(), window=None, chunk=1)
 
 #: Compilation is what these tests wait for.
 quick = ft.partial(

@@ -12,6 +12,7 @@ import scipy.integrate
 
 from deer_ode import (
     DEER,
+    Constant,
     DAETerm,
     MassMatrixTerm,
     Newton,
@@ -34,7 +35,7 @@ ANGLE = np.pi / 2 - 0.2
 UP = np.array([0.0, 1.0])
 
 #: Neither windows nor chunks: fewer programs to compile.
-ALL_AT_ONCE = Newton(window=None, chunk=1)
+ALL_AT_ONCE = Newton(guess=Constant(), window=None, chunk=1)
 
 #: A regression over a few step sizes still sees the terms of higher order.
 SLACK = 0.15
@@ -136,7 +137,7 @@ def test_pendulum_has_no_spurious_solution(num_steps):
         of = lambda y0, g: steps(RadauIIA(3), PENDULUM, ts, y0, g, **kwargs)[0]
         return jax.jit(of)(y0, jnp.asarray(GRAVITY))
 
-    method = Newton(window=None, chunk=1)
+    method = Newton(guess=Constant(), window=None, chunk=1)
     ys, expected = solve(parallel_steps, method=method), solve(sequential_steps)
     # A system of index 3 magnifies rounding by h^-2 in its multiplier.
     assert_close(ys[:2], expected[:2], rounding())
@@ -201,7 +202,8 @@ def test_index_1_in_every_form():
     solver, args, ts = RadauIIA(1), jnp.array(0.8), jnp.linspace(0.0, 1.0, 9)
     y0 = (jnp.array(1.0), jnp.array(0.0))
     sol = diffeqsolve(
-        DAETerm(decay), DEER(solver, Newton(window=None, chunk=1, fallback=False)),
+        DAETerm(decay),
+        DEER(solver, Newton(guess=Constant(), window=None, chunk=1, fallback=False)),
         0.0, 1.0, 0.125, y0, args,
         saveat=diffrax.SaveAt(t0=True, ts=[0.3], steps=True),
     )  # fmt: skip

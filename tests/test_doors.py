@@ -13,6 +13,7 @@ import pytest
 from deer_ode import (
     DEER,
     Auto,
+    Coarse,
     Constant,
     Dense,
     Diagonal,
@@ -52,7 +53,7 @@ TERM = diffrax.ODETerm(lotka_volterra)
 Y0 = jnp.array([10.0, 5.0])
 HEUN = DEER(diffrax.Heun(), Newton())
 #: Newton's with neither windows nor chunks: fewer programs to compile.
-AUTO, NEWTON = Auto(), Newton(window=None, chunk=1)
+AUTO, NEWTON = Auto(), Newton(guess=Constant(), window=None, chunk=1)
 
 
 #: Where whole intervals and windows have the same code to go through, or both of the
@@ -604,7 +605,7 @@ def test_too_few_steps(door):
 def test_sequential_steps_are_counted_wherever_they_are():
     """Windows begin again after them; padding does not count."""
     term = diffrax.ODETerm(lambda t, y, args: 4 * y * (1 - y) - y)
-    solver = DEER(diffrax.Euler(), Newton(window=Window(32)))
+    solver = DEER(diffrax.Euler(), Newton(guess=Coarse(), window=Window(32)))
     counts = []
     for max_steps in (400, 1000):
         sol = diffeqsolve(

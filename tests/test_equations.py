@@ -63,7 +63,7 @@ ORDERS = {
 
 
 #: Neither windows nor chunks: fewer programs to compile.
-ALL_AT_ONCE = Newton(window=None, chunk=1)
+ALL_AT_ONCE = Newton(guess=Constant(), window=None, chunk=1)
 
 #: A regression over a few step sizes still sees the terms of higher order.
 SLACK = 0.15
@@ -433,7 +433,7 @@ def test_float32(name):
 
 
 #: What does not converge fails.
-WITHOUT_A_FINISH = Newton(window=None, chunk=1, fallback=False)
+WITHOUT_A_FINISH = Newton(guess=Constant(), window=None, chunk=1, fallback=False)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import scipy.linalg
 from hypothesis import given, settings, strategies as st
 
 from deer_ode import (
+    Constant,
     ExponentialRosenbrockEuler,
     Exprb32,
     Exprb43,
@@ -568,7 +569,7 @@ DOOR_ROWS = slow_rows(
 @pytest.mark.slow(covered_by="test_parallel_is_sequential")
 def test_doors(name, door, problem):
     kwargs = dict(num_substeps=4, num_steps=6) if door == "c" else {}
-    kwargs["method"] = Newton(window=None, chunk=1)
+    kwargs["method"] = Newton(guess=Constant(), window=None, chunk=1)
     ys, grads = value_and_grad(DOORS[door], SOLVERS[name], problem, **kwargs)
     expected = value_and_grad(diffrax.diffeqsolve, SOLVERS[name], problem)
     assert_close((ys, grads), expected, rounding())

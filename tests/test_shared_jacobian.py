@@ -11,6 +11,7 @@ import pytest
 
 from deer_ode import (
     DEER,
+    Constant,
     Dense,
     Exact,
     Newton,
@@ -33,8 +34,8 @@ from .helpers import (
 
 SIZE = 3
 #: Neither windows nor chunks: fewer programs to compile.
-SHARED = Newton(SharedJacobian(), window=None, chunk=1)
-EXACT = Newton(Dense(), window=None, chunk=1)
+SHARED = Newton(SharedJacobian(), guess=Constant(), window=None, chunk=1)
+EXACT = Newton(Dense(), guess=Constant(), window=None, chunk=1)
 
 
 def weights(dtype=jnp.float64, gain=2.0, width=24):
@@ -221,7 +222,7 @@ def test_solves_use_it(uses):
     trace = lambda method: jax.eval_shape(
         lambda args: solve(DEER(diffrax.Tsit5(), method), args, **steps).ys, weights()
     )
-    trace(Newton(window=None, chunk=1))
+    trace(Newton(guess=Constant(), window=None, chunk=1))
     equations = solve(DEER(Obreshkov(1), SHARED), weights(), **steps)
     expected = solve(DEER(Obreshkov(1)), weights(), **steps)
     assert_close(equations.ys, expected.ys, rounding())

@@ -17,6 +17,7 @@ import pytest
 from deer_ode import (
     DEER,
     BlanesMoan4,
+    Constant,
     Newton,
     StormerVerlet,
     Yoshida4,
@@ -306,7 +307,7 @@ def test_doors(name, door):
 @pytest.mark.slow(covered_by="test_solvers.py::test_float32")
 def test_float32():
     solver = StormerVerlet()
-    method = Newton(window=None, chunk=1)
+    method = Newton(guess=Constant(), window=None, chunk=1)
     f32 = jnp.float32
     terms, y0, args = tree_problem(f32)
 
@@ -328,7 +329,7 @@ def test_gradient_of_the_energy():
     @jax.value_and_grad
     def loss(scale):
         start = (scale * y0[0], y0[1])
-        solver = DEER(StormerVerlet(), Newton(window=None, chunk=1))
+        solver = DEER(StormerVerlet(), Newton(guess=Constant(), window=None, chunk=1))
         sol = diffeqsolve(terms, solver, 0.0, 5.0, 0.1, start)
         return jnp.sum(sol.ys[0] ** 3)
 
