@@ -124,26 +124,29 @@ def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajector
     term = diffrax.ODETerm(lambda t, y, args: ode(t, y))
     solver = _solver(is_stiff, rtol, atol)
     order = solver.error_order(term)
+    assert order is not None
     # The ends of a long step may be right by themselves, and nothing between them.
     controller = diffrax.PIDController(
         rtol=rtol, atol=atol, dtmax=(t1 - t0) / FEWEST_GUESS_STEPS
     )
 
     def attempt(now: _Stepping):
-        return solver.step(
+        y1, error, info, solver_state, result = solver.step(
             term, now.tprev, now.tnext, now.y, None, now.solver_state, made_jump=False
         )
+        error = jnp.asarray(error)
+        failed = jnp.isnan(error) | (result != diffrax.RESULTS.successful)
+        return y1, jnp.where(failed, jnp.inf, error), info, solver_state
 
     def step(now: _Stepping) -> _Stepping:
-        y1, error, info, solver_state, result = attempt(now)
-        failed = jnp.isnan(error) | (result != diffrax.RESULTS.successful)
+        y1, error, info, solver_state = attempt(now)
         keep, tprev, tnext, _, controller_state, _ = controller.adapt_step_size(
             now.tprev,
             now.tnext,
             now.y,
             y1,
             None,
-            jnp.where(failed, jnp.inf, error),
+            error,
             order,
             now.controller_state,
         )
@@ -154,7 +157,7 @@ def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajector
         store = lambda all, one: all.at[now.num_accepted].set(one)
         return _Stepping(
             num_attempts=now.num_attempts + 1,
-            num_accepted=now.num_accepted + keep.astype(jnp.int32),
+            num_accepted=now.num_accepted + jnp.where(keep, 1, 0),
             tprev=jnp.minimum(tprev, t1),
             tnext=jnp.minimum(tnext, t1),
             y=kept(y1, now.y),
