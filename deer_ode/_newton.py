@@ -155,15 +155,19 @@ class Newton(AbstractMethod):
         method = dataclasses.replace(self, linearisation=chosen)
         if not plan.is_batch_sequential or self.progress_meter is not None:
             return method._run(recurrence, plan)
-        # A member that has converged costs nothing more, and memory is that of one.
-        arrays, rest = eqx.partition((method, recurrence), eqx.is_array)
+        # A member that has converged costs nothing more, and memory is that of one. What
+        # the steps close over becomes an argument, of which there is one per member.
+        run = eqx.filter_closure_convert(
+            lambda method, recurrence: method._run(recurrence, plan), method, recurrence
+        )
+        arrays, rest = eqx.partition((run, method, recurrence), eqx.is_array)
 
         @jax.custom_batching.sequential_vmap
-        def run(arrays):
-            method, recurrence = eqx.combine(arrays, rest)
-            return method._run(recurrence, plan)
+        def run_one(arrays):
+            run, *inputs = eqx.combine(arrays, rest)
+            return run(*inputs)
 
-        return run(arrays)
+        return run_one(arrays)
 
     def choose(self, recurrence) -> tuple[AbstractRecurrence, AbstractLinearisation]:
         """What is iterated on, and how it is linearised."""

@@ -1192,3 +1192,16 @@ def test_the_default_solver_is_tsit5():
     args = lotka_volterra_args()
     sol = diffeqsolve(TERM, DEER(), 0.0, 3.0, 0.1, Y0, args)
     assert_close(sol.ys, run(None, diffrax.Tsit5()).ys, rounding())
+
+
+def test_a_batch_of_long_solves():
+    """Its members are solved sequentially: what the guess closes over goes along."""
+    method = Newton(window=None)
+    solve = lambda y0: diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, args: -args * y),
+        DEER(diffrax.Euler(), method),
+        0.0, 1.0, 0.1, y0, y0,
+        max_steps=1024, adjoint=ParallelAdjoint(),
+    ).ys  # fmt: skip
+    y0 = jnp.array([1.0, 0.5])
+    assert_close(jax.vmap(solve)(y0)[:, 0], y0 * (1 - 0.1 * y0) ** 10, rounding())

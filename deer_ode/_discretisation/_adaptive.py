@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -112,8 +113,10 @@ def adaptive_trajectory(
     """
     tolerance = guess_tolerance(y0.dtype, is_stiff) if rtol is None else rtol
     with jax.default_matmul_precision("highest"):
-        solve = lambda grid, y0: _solve(ode, grid, y0, tolerance, is_stiff)
-        return without_checks(solve)(grid, y0)
+        # What the field closes over becomes an argument.
+        ode = eqx.filter_closure_convert(ode, grid.tprev[0], y0)
+        solve = lambda ode, grid, y0: _solve(ode, grid, y0, tolerance, is_stiff)
+        return without_checks(solve)(ode, grid, y0)
 
 
 def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajectory:
