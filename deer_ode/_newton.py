@@ -155,8 +155,8 @@ class Newton(AbstractMethod):
         method = dataclasses.replace(self, linearisation=chosen)
         if not plan.is_batch_sequential or self.progress_meter is not None:
             return method._run(recurrence, plan)
-        # A member that has converged costs nothing more, and memory is that of one. What
-        # the steps close over becomes an argument, of which there is one per member.
+        # A member that has converged costs nothing more, and memory is that of one.
+        # What the steps close over becomes an argument: there is one per member.
         run = eqx.filter_closure_convert(
             lambda method, recurrence: method._run(recurrence, plan), method, recurrence
         )
