@@ -113,38 +113,44 @@ def adaptive_trajectory(
 
 
 def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajectory:
-    most = most_attempts(grid.num_steps)
     t0, t1 = grid.tprev[0], grid.tnext[-1]
     largest = jnp.max(jnp.abs(y0), initial=0)
     atol = _SMALL * rtol * jnp.where(largest > 0, largest, 1)
-    term = diffrax.ODETerm(lambda t, y, args: ode(t, y))
     solver = _solver(is_stiff, rtol, atol)
-    order = solver.error_order(term)
-    assert order is not None
     # The ends of a long step may be right by themselves, and nothing between them.
     controller = diffrax.PIDController(
         rtol=rtol, atol=atol, dtmax=(t1 - t0) / FEWEST_GUESS_STEPS
     )
+    term = diffrax.ODETerm(lambda t, y, args: ode(t, y))
+    dt0, most = grid.tnext[0] - t0, most_attempts(grid.num_steps)
+    end = _make_steps(term, solver, controller, t0, t1, dt0, y0, most)
+
+    def at(t):
+        index = jnp.searchsorted(end.ts, t)
+        index = jnp.clip(index, 0, jnp.maximum(end.num_accepted - 1, 0))
+        start = jnp.where(index > 0, end.ts[index - 1], t0)
+        info = jtu.tree_map(lambda x: x[index], end.infos)
+        return solver.interpolation_cls(t0=start, t1=end.ts[index], **info).evaluate(t)
+
+    ys = jax.vmap(at)(grid.tnext)
+    return hold_last_good(y0, ys, is_reasonable(ys) & (grid.tnext <= end.tprev))
+
+
+def _make_steps(term, solver, controller, t0, t1, dt0, y0: State, most: int):
+    """Adaptive steps from `t0` to `t1`, of which `most` may be tried: a `_Stepping`."""
+    order = solver.error_order(term)
 
     def attempt(now: _Stepping):
         y1, error, info, solver_state, result = solver.step(
             term, now.tprev, now.tnext, now.y, None, now.solver_state, made_jump=False
         )
-        error = jnp.asarray(error)
         failed = jnp.isnan(error) | (result != diffrax.RESULTS.successful)
         return y1, jnp.where(failed, jnp.inf, error), info, solver_state
 
     def step(now: _Stepping) -> _Stepping:
         y1, error, info, solver_state = attempt(now)
         keep, tprev, tnext, _, controller_state, _ = controller.adapt_step_size(
-            now.tprev,
-            now.tnext,
-            now.y,
-            y1,
-            None,
-            error,
-            order,
-            now.controller_state,
+            now.tprev, now.tnext, now.y, y1, None, error, order, now.controller_state
         )
         kept = lambda new, old: jtu.tree_map(
             lambda new, old: jnp.where(keep, new, old), new, old
@@ -164,7 +170,7 @@ def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajector
         )
 
     tnext, controller_state = controller.init(
-        term, t0, t1, y0, grid.tnext[0] - t0, None, solver.func, order
+        term, t0, t1, y0, dt0, None, solver.func, order
     )
     zero = jnp.asarray(0, jnp.int32)
     begin = _Stepping(
@@ -180,18 +186,8 @@ def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajector
     )
     info = jax.eval_shape(attempt, begin)[2]
     infos = jtu.tree_map(lambda x: jnp.zeros((most, *x.shape), x.dtype), info)
-    end = lax.while_loop(
+    return lax.while_loop(
         lambda now: (now.tprev < t1) & (now.num_attempts < most),
         step,
         begin._replace(infos=infos),
     )
-
-    def at(t):
-        index = jnp.searchsorted(end.ts, t)
-        index = jnp.clip(index, 0, jnp.maximum(end.num_accepted - 1, 0))
-        start = jnp.where(index > 0, end.ts[index - 1], t0)
-        info = jtu.tree_map(lambda x: x[index], end.infos)
-        return solver.interpolation_cls(t0=start, t1=end.ts[index], **info).evaluate(t)
-
-    ys = jax.vmap(at)(grid.tnext)
-    return hold_last_good(y0, ys, is_reasonable(ys) & (grid.tnext <= end.tprev))
