@@ -38,7 +38,7 @@ class Findings:
     most_growth: float
     """How many digits may be lost before no iterate is accepted."""
     is_equation: bool
-    """Whether of a differential equation: `Adaptive` is a guess of those alone."""
+    """Whether of a differential equation, as `Adaptive` and `Coarse` want it."""
     is_exact: bool
     """Whether the iteration used the exact Jacobian."""
     has_own_tolerance: bool
@@ -249,7 +249,8 @@ def _remedy(found: Diagnosis, findings: Findings) -> str:
             "is not accepted is rounding: leave `rtol` and `atol` out, or loosen them."
         )
     better = (
-        "`Newton(guess=Adaptive(rtol=1e-8))` or `Trajectory(ys)` of a problem nearby"
+        "`Newton(guess=Adaptive(rtol=1e-8))` (for controls, noise and constraints "
+        "`Coarse(every=2)`) or `Trajectory(ys)` of a problem nearby"
         if findings.is_equation
         else "the `carries` of a problem nearby as `guess=`"
     )

@@ -54,14 +54,15 @@ _GUESS_RTOL = 1e-6
 _STIFF_GUESS_RTOL = 1e-4
 
 # The most attempts of an adaptive guess: as a fraction of the steps, and beside those.
-# An attempt takes twice the work of a step of Tsit5, so at most half of that of a
-# sequential solve (reasoned, not measured). With 64 in place of 256 Robertson, over
-# nine decades of time, took 30 iterations in place of 5.
+# An attempt takes twice the work of a step of Tsit5, so on a long grid at most half of
+# that of a sequential solve (reasoned, not measured). With 64 in place of 256 attempts
+# Robertson, over nine decades of time, took 30 iterations in place of 5.
 _ATTEMPTS = 0.25
 _FEW_ATTEMPTS = 256
 
-# The fewest steps of an adaptive guess. A stiff equation with a slow force, 10 units of
-# time long, was guessed in steps of 3, and was off by 0.3 between them (JAX 0.12).
+# The fewest steps of an adaptive guess, if the grid has so many. A stiff equation with
+# a slow force, 10 units of time long, was guessed in steps of 3, and was off by 0.3
+# between them (JAX 0.12).
 FEWEST_GUESS_STEPS = 32
 
 # CPU: operations per second of an iteration (reasoned, 2 cores), and how many
@@ -174,9 +175,12 @@ class Plan:
     """Which Jacobian is used, chosen by its structure; `None` for the method's own."""
 
 
-def guess_tolerance(dtype: Any, is_stiff: bool) -> float:
-    """The relative tolerance of an adaptive guess, no tighter than rounding allows."""
-    rtol = _STIFF_GUESS_RTOL if is_stiff else _GUESS_RTOL
+def guess_tolerance(rtol: float | None, dtype: Any, is_stiff: bool) -> float:
+    """The relative tolerance of an adaptive guess, given or by default: no tighter than
+    rounding allows.
+    """
+    if rtol is None:
+        rtol = _STIFF_GUESS_RTOL if is_stiff else _GUESS_RTOL
     return max(rtol, 64 * float(jnp.finfo(dtype).eps))
 
 

@@ -79,7 +79,8 @@ class Adaptive(AbstractPredictor):
     a grid as fine as one likes: 100 to 300 for the usual test problems. By
     `diffrax.Dopri8`, or `diffrax.Kvaerno5` where the base solver is one for stiff
     equations (implicit, exponential or collocation at Radau's nodes). The absolute
-    tolerance is a thousandth of the relative one, times the largest entry of $y_0$.
+    tolerance is a thousandth of the relative one, times the largest entry of $y_0$ (or
+    1, where that is zero).
 
     At most $T / 4 + 256$ steps are attempted for a grid of $T$ steps; beyond those the
     last state is held. What is not an ordinary differential equation (a control, a

@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import Args, State, Trajectory
-from .._foreign import unwrap
+from .._foreign import has_control_derivative, unvmap_any, unwrap
 from .._misc import StateFlattener, hold_last_good, is_reasonable
 from .._plan import FEWEST_GUESS_STEPS, guess_tolerance, most_attempts
 from .._programs import without_checks
@@ -51,6 +51,15 @@ def flat_field(
         return flattener.flatten(terms.vf_prod(t, y, args, control))
 
     return field
+
+
+def guess_field(terms, args: Args, flattener: StateFlattener):
+    """The same where it may be guessed by an adaptive solve. A control may have a kink
+    at each of its points, and each would be a rejected step.
+    """
+    if has_control_derivative(terms):
+        return None
+    return flat_field(terms, args, flattener)
 
 
 class _WrittenOut(diffrax.AbstractERK):
@@ -104,7 +113,7 @@ def adaptive_trajectory(
     Steps and their lengths are Diffrax's. The loop over them is not: it compiles in
     half of the time of `diffrax.diffeqsolve` (0.4 s in place of 0.9; JAX 0.12).
     """
-    tolerance = guess_tolerance(y0.dtype, is_stiff) if rtol is None else rtol
+    tolerance = guess_tolerance(rtol, y0.dtype, is_stiff)
     with jax.default_matmul_precision("highest"):
         # What the field closes over becomes an argument.
         ode = eqx.filter_closure_convert(ode, grid.tprev[0], y0)
@@ -118,9 +127,8 @@ def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajector
     atol = _SMALL * rtol * jnp.where(largest > 0, largest, 1)
     solver = _solver(is_stiff, rtol, atol)
     # The ends of a long step may be right by themselves, and nothing between them.
-    controller = diffrax.PIDController(
-        rtol=rtol, atol=atol, dtmax=(t1 - t0) / FEWEST_GUESS_STEPS
-    )
+    fewest = min(FEWEST_GUESS_STEPS, grid.num_steps)
+    controller = diffrax.PIDController(rtol=rtol, atol=atol, dtmax=(t1 - t0) / fewest)
     term = diffrax.ODETerm(lambda t, y, args: ode(t, y))
     dt0, most = grid.tnext[0] - t0, most_attempts(grid.num_steps)
     end = _make_steps(term, solver, controller, t0, t1, dt0, y0, most)
@@ -133,39 +141,54 @@ def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajector
         return solver.interpolation_cls(t0=start, t1=end.ts[index], **info).evaluate(t)
 
     ys = jax.vmap(at)(grid.tnext)
-    return hold_last_good(y0, ys, is_reasonable(ys) & (grid.tnext <= end.tprev))
+    was_reached = (grid.tnext <= end.tprev) & (end.num_accepted > 0)
+    return hold_last_good(y0, ys, is_reasonable(ys) & was_reached)
 
 
 def _make_steps(term, solver, controller, t0, t1, dt0, y0: State, most: int):
     """Adaptive steps from `t0` to `t1`, of which `most` may be tried: a `_Stepping`."""
     order = solver.error_order(term)
 
+    def is_running(now: _Stepping):
+        return (now.tprev < t1) & (now.num_attempts < most)
+
     def attempt(now: _Stepping):
         y1, error, info, solver_state, result = solver.step(
             term, now.tprev, now.tnext, now.y, None, now.solver_state, made_jump=False
         )
-        failed = jnp.isnan(error) | (result != diffrax.RESULTS.successful)
-        return y1, jnp.where(failed, jnp.inf, error), info, solver_state
+        # An error estimate from what overflows would be no number, and stay so.
+        is_finite = jnp.all(jnp.isfinite(y1) & jnp.isfinite(error))
+        fine = is_finite & (result == diffrax.RESULTS.successful)
+        y1, error = jnp.where(fine, y1, now.y), jnp.where(fine, error, jnp.inf)
+        return y1, error, info, solver_state
 
     def step(now: _Stepping) -> _Stepping:
         y1, error, info, solver_state = attempt(now)
         keep, tprev, tnext, _, controller_state, _ = controller.adapt_step_size(
             now.tprev, now.tnext, now.y, y1, None, error, order, now.controller_state
         )
-        kept = lambda new, old: jtu.tree_map(
-            lambda new, old: jnp.where(keep, new, old), new, old
+        # Members of a batch that have ended stay as they are. Not all by the loop: it
+        # would copy all that is stored, in each turn.
+        goes_on = is_running(now)
+        keep = keep & goes_on
+        where = lambda which: (
+            lambda new, old: jtu.tree_map(
+                lambda new, old: jnp.where(which, new, old), new, old
+            )
         )
-        # What a rejected step leaves is written over.
-        store = lambda all, one: all.at[now.num_accepted].set(one)
+        kept, ahead = where(keep), where(goes_on)
+        # Beyond the end nothing is stored.
+        index = jnp.where(keep, now.num_accepted, most)
+        store = lambda all, one: all.at[index].set(one, mode="drop")
         return _Stepping(
-            num_attempts=now.num_attempts + 1,
+            num_attempts=now.num_attempts + jnp.where(goes_on, 1, 0),
             num_accepted=now.num_accepted + jnp.where(keep, 1, 0),
-            tprev=jnp.minimum(tprev, t1),
-            tnext=jnp.minimum(tnext, t1),
+            tprev=ahead(jnp.minimum(tprev, t1), now.tprev),
+            tnext=ahead(jnp.minimum(tnext, t1), now.tnext),
             y=kept(y1, now.y),
             solver_state=kept(solver_state, now.solver_state),
-            controller_state=controller_state,
-            ts=store(now.ts, jnp.where(keep, now.tnext, jnp.inf)),
+            controller_state=ahead(controller_state, now.controller_state),
+            ts=store(now.ts, now.tnext),
             infos=jtu.tree_map(store, now.infos, info),
         )
 
@@ -187,7 +210,5 @@ def _make_steps(term, solver, controller, t0, t1, dt0, y0: State, most: int):
     info = jax.eval_shape(attempt, begin)[2]
     infos = jtu.tree_map(lambda x: jnp.zeros((most, *x.shape), x.dtype), info)
     return lax.while_loop(
-        lambda now: (now.tprev < t1) & (now.num_attempts < most),
-        step,
-        begin._replace(infos=infos),
+        lambda now: unvmap_any(is_running(now)), step, begin._replace(infos=infos)
     )

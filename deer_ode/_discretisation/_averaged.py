@@ -16,7 +16,7 @@ import jax.tree_util as jtu
 from .._affine import matvec
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, previous_states
-from ._adaptive import flat_field
+from ._adaptive import guess_field
 from ._base import Grid
 from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
 from ._hermite import HermiteInterpolation
@@ -35,7 +35,7 @@ class _AveragedRecurrence(AbstractEquationRecurrence):
 
     def __init__(self, terms, grid: Grid, y0: Y, args: Args):
         self.flattener = flattener = StateFlattener(y0)
-        self.ode = flat_field(terms, args, flattener)
+        self.ode = guess_field(terms, args, flattener)
 
         def product(t, y, x):
             control = terms.contr(x.tprev, x.tnext)

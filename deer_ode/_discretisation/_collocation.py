@@ -26,7 +26,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, previous_states
-from ._adaptive import flat_field
+from ._adaptive import guess_field
 from ._base import Grid
 from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
 from ._hermite import fraction_of_step
@@ -128,7 +128,7 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
 
     def __init__(self, terms, grid: Grid, y0: Y, args: Args, nodes: Nodes):
         self.flattener = flattener = StateFlattener(y0)
-        self.ode = flat_field(terms, args, flattener)
+        self.ode = guess_field(terms, args, flattener)
         self.is_stiff = nodes.c[-1] == 1
         self.nodes = nodes
         residual = implicit_residual(terms)

@@ -343,7 +343,8 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         coarse_grid = self.grid.coarsen(every)
 
         def step(y, x):
-            y = _ROUGHLY.iterate(self._one(x, y)).ys[0]
+            one = self._one(x, y)
+            y = _ROUGHLY.iterate(one, one.predict_step()[None]).ys[0]
             return y, y
 
         _, ends = lax.scan(step, self.y0, coarse_grid)

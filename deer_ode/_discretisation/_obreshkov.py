@@ -108,9 +108,10 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
     def __init__(self, terms, grid: Grid, y0: Y, args: Args, num_derivatives: int):
         self.flattener = flattener = StateFlattener(y0)
         self.num_derivatives = num_derivatives
-        self.ode = ode = flat_field(terms, args, flattener)
+        ode = flat_field(terms, args, flattener)
         # A control may jump at the points of the grid, and so differ on either side.
         self.is_shared = ode is not None and not has_control_derivative(terms)
+        self.ode = ode if self.is_shared else None
 
         def field(t, y, x):
             if ode is not None:

@@ -31,7 +31,7 @@ from .._misc import (
 from .._plan import shares_jacobian
 from .._programs import without_checks
 from .._recurrence import AbstractMapRecurrence
-from ._adaptive import adaptive_trajectory, flat_field
+from ._adaptive import adaptive_trajectory, guess_field
 from ._base import Grid
 from ._explicit_rk import (
     DEGREE,
@@ -227,7 +227,7 @@ class StepMap(AbstractMapRecurrence):
         # whose derivatives nobody asks for.
         self.with_info, self.between = with_info, between
         self.half_way, self.num_stages = None, 1
-        self.ode = flat_field(terms, args, flattener)
+        self.ode = guess_field(terms, args, flattener)
         self.is_stiff = isinstance(_innermost(solver), _STIFF)
         if is_explicit_rk(solver):
             self.half_way = half_way_through
