@@ -138,6 +138,11 @@ def is_reasonable(
     return jnp.all(jnp.abs(ys) <= bound, axis=-1)
 
 
+def select(which: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
+    """`jnp.where` of every leaf."""
+    return jtu.tree_map(lambda a, b: jnp.where(which, a, b), yes, no)
+
+
 def without_gradient(tree: PyTree) -> PyTree:
     """`jax.lax.stop_gradient` of all that can have one."""
     return jtu.tree_map(

@@ -53,6 +53,10 @@ _CPU_TANGENT_WINDOW = 512
 _GUESS_RTOL = 1e-6
 _STIFF_GUESS_RTOL = 1e-4
 
+# Its absolute tolerance, in units of the relative one times the largest initial entry.
+# Reasoned, not measured: entries of a thousandth of the largest are still resolved.
+GUESS_ATOL = 1e-3
+
 # The most attempts of an adaptive guess: as a fraction of the steps, and beside those.
 # An attempt takes twice the work of a step of Tsit5, so on a long grid at most half of
 # that of a sequential solve (reasoned, not measured). With 64 in place of 256 attempts

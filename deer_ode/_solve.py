@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 
 import jax.lax as lax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._custom_types import Mask, State, Trajectory
 from ._method import TrajectorySolution, first_nonfinite_step
-from ._misc import finite, hold_last_good, is_reasonable, leading_true, state_at
+from ._misc import (
+    finite,
+    hold_last_good,
+    is_reasonable,
+    leading_true,
+    select,
+    state_at,
+)
 from ._plan import STRETCH, Plan
 from ._predictor import AbstractPredictor
 from ._recurrence import AbstractRecurrence
@@ -334,7 +340,7 @@ class Solve:
             suspects_guess=~progress.suspects_guess,
             num_failures=progress.num_failures + 1,
         )
-        return _where(failed, after_failure, progress)
+        return select(failed, after_failure, progress)
 
     def _part(self, ys: Trajectory, start: Int[Array, ""]) -> AbstractRecurrence:
         y0 = state_at(self.recurrence.y0, ys, start)
@@ -488,7 +494,3 @@ class Solve:
             first_nonfinite_step=nonfinite,
             is_stuck=progress.is_stuck,
         )
-
-
-def _where(which, yes: Progress, no: Progress) -> Progress:
-    return jtu.tree_map(lambda a, b: jnp.where(which, a, b), yes, no)

@@ -17,15 +17,11 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import Args, State, Trajectory
 from .._foreign import has_control_derivative, unvmap_any, unwrap
-from .._misc import StateFlattener, hold_last_good, is_reasonable
-from .._plan import FEWEST_GUESS_STEPS, guess_tolerance, most_attempts
+from .._misc import StateFlattener, hold_last_good, is_reasonable, select
+from .._plan import FEWEST_GUESS_STEPS, GUESS_ATOL, guess_tolerance, most_attempts
 from .._programs import without_checks
 from ._base import Grid
 from ._explicit_rk import explicit_rk_step
-
-
-# The absolute tolerance, in units of the relative one times the largest initial entry.
-_SMALL = 1e-3
 
 
 def is_ode(term) -> bool:
@@ -64,7 +60,7 @@ def guess_field(terms, args: Args, flattener: StateFlattener):
 
 class _WrittenOut(diffrax.AbstractERK):
     """`Dopri8` without its loop over stages, of which an accelerator launches each turn
-    by itself. On a CPU solves took 0.3 to 0.9 times as long without it (JAX 0.12).
+    by itself. On a CPU solves took 0.4 to 0.9 times as long without it (JAX 0.12).
     """
 
     tableau: ClassVar = diffrax.Dopri8.tableau
@@ -124,7 +120,7 @@ def adaptive_trajectory(
 def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajectory:
     t0, t1 = grid.tprev[0], grid.tnext[-1]
     largest = jnp.max(jnp.abs(y0), initial=0)
-    atol = _SMALL * rtol * jnp.where(largest > 0, largest, 1)
+    atol = GUESS_ATOL * rtol * jnp.where(largest > 0, largest, 1)
     solver = _solver(is_stiff, rtol, atol)
     # The ends of a long step may be right by themselves, and nothing between them.
     fewest = min(FEWEST_GUESS_STEPS, grid.num_steps)
@@ -171,23 +167,17 @@ def _make_steps(term, solver, controller, t0, t1, dt0, y0: State, most: int):
         # would copy all that is stored, in each turn.
         goes_on = is_running(now)
         keep = keep & goes_on
-        where = lambda which: (
-            lambda new, old: jtu.tree_map(
-                lambda new, old: jnp.where(which, new, old), new, old
-            )
-        )
-        kept, ahead = where(keep), where(goes_on)
         # Beyond the end nothing is stored.
         index = jnp.where(keep, now.num_accepted, most)
         store = lambda all, one: all.at[index].set(one, mode="drop")
         return _Stepping(
             num_attempts=now.num_attempts + jnp.where(goes_on, 1, 0),
             num_accepted=now.num_accepted + jnp.where(keep, 1, 0),
-            tprev=ahead(jnp.minimum(tprev, t1), now.tprev),
-            tnext=ahead(jnp.minimum(tnext, t1), now.tnext),
-            y=kept(y1, now.y),
-            solver_state=kept(solver_state, now.solver_state),
-            controller_state=ahead(controller_state, now.controller_state),
+            tprev=jnp.where(goes_on, jnp.minimum(tprev, t1), now.tprev),
+            tnext=jnp.where(goes_on, jnp.minimum(tnext, t1), now.tnext),
+            y=jnp.where(keep, y1, now.y),
+            solver_state=select(keep, solver_state, now.solver_state),
+            controller_state=select(goes_on, controller_state, now.controller_state),
             ts=store(now.ts, now.tnext),
             infos=jtu.tree_map(store, now.infos, info),
         )

@@ -22,9 +22,9 @@ from jaxtyping import Array, Float
 
 from .._affine import matmul
 from .._custom_types import Args, State, Trajectory, Y
-from .._foreign import has_control_derivative, nextafter, prevbefore
+from .._foreign import nextafter, prevbefore
 from .._misc import StateFlattener, previous_states
-from ._adaptive import flat_field
+from ._adaptive import flat_field, guess_field
 from ._base import Grid
 from ._equations import (
     AbstractEquationRecurrence,
@@ -103,15 +103,13 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
     ode: Callable[[Any, State], State] | None = eqx.field(static=True)
     is_stiff = False
     num_derivatives: int = eqx.field(static=True)
-    is_shared: bool = eqx.field(static=True)
 
     def __init__(self, terms, grid: Grid, y0: Y, args: Args, num_derivatives: int):
         self.flattener = flattener = StateFlattener(y0)
         self.num_derivatives = num_derivatives
         ode = flat_field(terms, args, flattener)
         # A control may jump at the points of the grid, and so differ on either side.
-        self.is_shared = ode is not None and not has_control_derivative(terms)
-        self.ode = ode if self.is_shared else None
+        self.ode = guess_field(terms, args, flattener)
 
         def field(t, y, x):
             if ode is not None:
@@ -181,7 +179,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         grid, y0 = self.grid, self.y0
         # Padding repeats the first step, or where that begins.
         select = lambda y: jnp.where(grid.active[:, None], y, y0)
-        if self.is_shared:
+        if self.ode is not None:
             tnext = jnp.where(grid.active, grid.tnext, grid.tprev[0])
             ts = jnp.concatenate([grid.tprev[:1], tnext])
             first = jtu.tree_map(lambda x: x[0], grid)
