@@ -86,20 +86,15 @@ def pytest_collection_modifyitems(config, items):
     # The controller of pytest-xdist does not print usage errors of its workers.
     error = RuntimeError if hasattr(config, "workerinput") else pytest.UsageError
     is_whole = has_whole_files(config)
-    empty = functions_without_a_row(items) if is_whole else []
-    if empty:
-        names = "\n".join(empty)
-        raise error(
-            "All rows of these tests are marked slow, so the ordinary run does not "
-            f"test them at all. Make one row of each cheap:\n{names}"
-        )
-    wrong = wrong_covers(items) if is_whole else []
-    if wrong:
-        names = "\n".join(wrong)
-        raise error(
-            "The ordinary run does not have the tests that are said to stand for "
-            f"these slow ones:\n{names}"
-        )
+    faults = {
+        "All rows of these tests are marked slow, so the ordinary run does not test "
+        "them at all. Make one row of each cheap:": functions_without_a_row,
+        "The ordinary run does not have the tests that are said to stand for these "
+        "slow ones:": wrong_covers,
+    }
+    for message, find in faults.items():
+        if is_whole and (names := find(items)):
+            raise error("\n".join([message, *names]))
     if config.getoption("--runslow"):
         return
     skip = pytest.mark.skip(reason="slow: run with --runslow")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import _hard
 from deer_ode import DEER, Adaptive, Coarse, Newton, Obreshkov, RadauIIA, diffeqsolve
 from deer_ode._discretisation import Grid, discretise
 from deer_ode._foreign import body_of, inner_programs
@@ -13,26 +14,13 @@ from deer_ode._foreign import body_of, inner_programs
 from .helpers import ROOT_FINDER, slow_rows
 
 
-def van_der_pol(t, y, args):
-    del t, args
-    return jnp.stack([y[1], 5 * (1 - y[0] ** 2) * y[1] - y[0]])
-
-
-def fitzhugh_nagumo(t, y, args):
-    del t, args
-    v, w = y
-    return jnp.stack([v - v**3 / 3 - w + 0.5, 0.08 * (v + 0.7 - 0.8 * w)])
-
-
-def kepler(t, y, args):
-    del t, args
-    return jnp.concatenate([y[2:], -y[:2] / jnp.sum(y[:2] ** 2) ** 1.5])
+van_der_pol = lambda t, y, args: _hard.van_der_pol(t, y, 5.0)
 
 
 PROBLEMS = {
     "Van der Pol": (van_der_pol, [2.0, 0.0], 40.0),
-    "FitzHugh-Nagumo": (fitzhugh_nagumo, [-1.0, 1.0], 200.0),
-    "Kepler": (kepler, [0.1, 0.0, 0.0, 19**0.5], 12.56),
+    "FitzHugh-Nagumo": (_hard.fitzhugh_nagumo, [-1.0, 1.0], 200.0),
+    "Kepler": (_hard.kepler, [0.1, 0.0, 0.0, 19**0.5], 12.56),
 }
 
 
@@ -92,16 +80,11 @@ def test_what_is_not_reached_is_held():
 
 
 def test_after_an_overflow_it_goes_on():
-    """The first attempt is a step of 1, in which a stage overflows."""
-    field = lambda t, y, args: jnp.exp(-800 * y) - jnp.exp(-800 * 1e-3)
-    found = recurrence(diffrax.Tsit5(), field, (-1.0,), 10, 10.0)
-    ys = np.asarray(found.adaptive_trajectory(None))
-    assert np.all(np.isfinite(ys))
-    growing = lambda t, y, args: jnp.exp(5 * y) * jnp.where(t < 4, 0.001, 0.0)
-    found = recurrence(diffrax.Tsit5(), growing, (0.0,), 10, 10.0)
+    """The first attempt is a step of 1, whose stages overflow."""
+    found = recurrence(diffrax.Tsit5(), lambda t, y, args: -(y**3), (30.0,), 10, 10.0)
     ys = np.asarray(found.adaptive_trajectory(None))[:, 0]
-    expected = -np.log(1 - 5 * 0.001 * 4) / 5
-    np.testing.assert_allclose(ys[3:], expected, rtol=1e-4)
+    expected = 1 / np.sqrt(2 * np.linspace(0.0, 10.0, 11)[1:] + 1 / 900)
+    np.testing.assert_allclose(ys, expected, rtol=1e-4)
 
 
 def test_nothing_but_padding():
@@ -131,7 +114,8 @@ def test_stiff_equations_are_guessed_by_implicit_steps(solver):
     found = recurrence(solver, decay, (1.0,), 100, 10.0)
     ys = found.states(found.adaptive_trajectory(None))
     expected = jnp.cos(jnp.linspace(0.0, 10.0, 101)[1:])
-    np.testing.assert_allclose(ys[:, 0], expected, atol=1e-2)
+    # Measured: 2.7e-4, by a guess to 1e-4.
+    np.testing.assert_allclose(ys[:, 0], expected, rtol=0, atol=1e-3)
 
 
 def loops(program) -> int:
@@ -151,7 +135,7 @@ def test_stages_are_written_out():
     assert loops(program) > 1
 
 
-def test_the_number_of_attempts_does_not_follow_the_grid():
+def test_the_guess_does_not_follow_the_grid():
     """The same guess, at the same points, on a grid sixteen times as fine."""
     coarse, fine = (
         recurrence(diffrax.Tsit5(), num_steps=n).adaptive_trajectory(None)
