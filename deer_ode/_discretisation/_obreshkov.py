@@ -108,7 +108,6 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         self.flattener = flattener = StateFlattener(y0)
         self.num_derivatives = num_derivatives
         ode = flat_field(terms, args, flattener)
-        # A control may jump at the points of the grid, and so differ on either side.
         self.ode = guess_field(terms, args, flattener)
 
         def field(t, y, x):
@@ -179,6 +178,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         grid, y0 = self.grid, self.y0
         # Padding repeats the first step, or where that begins.
         select = lambda y: jnp.where(grid.active[:, None], y, y0)
+        # A control may jump at the points of the grid, and so differ on either side.
         if self.ode is not None:
             tnext = jnp.where(grid.active, grid.tnext, grid.tprev[0])
             ts = jnp.concatenate([grid.tprev[:1], tnext])
