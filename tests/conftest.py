@@ -26,11 +26,16 @@ def function_of(item) -> str:
     return item.nodeid.split("[")[0]
 
 
+def is_slow(item) -> bool:
+    """By its markers: the keywords hold the names of folders as well."""
+    return item.get_closest_marker("slow") is not None
+
+
 def rows_of(items) -> dict[str, list[bool]]:
     """For each test function whether its rows are marked slow."""
     rows: dict[str, list[bool]] = {}
     for item in items:
-        rows.setdefault(function_of(item), []).append("slow" in item.keywords)
+        rows.setdefault(function_of(item), []).append(is_slow(item))
     return rows
 
 
@@ -99,7 +104,7 @@ def pytest_collection_modifyitems(config, items):
         return
     skip = pytest.mark.skip(reason="slow: run with --runslow")
     for item in items:
-        if "slow" in item.keywords:
+        if is_slow(item):
             item.add_marker(skip)
 
 
