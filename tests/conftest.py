@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 
 import jax
@@ -8,6 +9,11 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes many objects that stay: to look through all of them as often as Python
+# does by default is a tenth of the time of a long run. What is in cycles is released
+# together with the compiled programs, below.
+gc.set_threshold(50_000, 20, 100)
 
 # Nothing above may import the package: the hook checks what is imported from here on.
 _hook = install_import_hook("deer_ode", "beartype.beartype")
@@ -119,3 +125,4 @@ def _forget_compiled_programs():
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()
+        gc.collect()

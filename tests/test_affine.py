@@ -1,5 +1,7 @@
 """The affine scan against its loop, and its derivatives of every order."""
 
+import itertools as it
+
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
@@ -32,7 +34,6 @@ from .helpers import (
     assert_close,
     pretend_accelerator,
     rounding,
-    slow,
     slow_rows,
     unchecked,
 )
@@ -61,13 +62,22 @@ def elements(key, num_steps, size, dense, dtype=jnp.float64):
     )
 
 
-@pytest.mark.parametrize("dense", (True, False))
-@pytest.mark.parametrize("reverse", (False, True))
+ONE_EACH = (
+    (1, jnp.float64, False, True),
+    (12, jnp.float64, True, True),
+    (3, jnp.float32, False, True),
+    (3, jnp.float32, True, False),
+)
+
+
 @pytest.mark.parametrize(
-    "size, dtype",
+    "size, dtype, reverse, dense",
     slow_rows(
-        [(size, dtype) for size in (1, 3, 12) for dtype in (jnp.float32, jnp.float64)],
-        lambda row: row[1] == jnp.float32 and row[0] != 3,
+        it.product(
+            (1, 3, 12), (jnp.float32, jnp.float64), (False, True), (True, False)
+        ),
+        # Of three numbers all, and of other sizes and in single precision one each.
+        lambda row: row[:2] != (3, jnp.float64) and row not in ONE_EACH,
     ),
 )
 def test_agrees_with_the_loop(size, dtype, reverse, dense):
@@ -174,9 +184,14 @@ def test_scans_of_every_transition(kind, reverse):
 NUM_STEPS = (5, 50, 64)
 
 
-@pytest.mark.parametrize("num_steps", slow(NUM_STEPS, lambda n: n == 64))
-@pytest.mark.parametrize("reverse", (False, True))
-@pytest.mark.parametrize("kind", CORES)
+@pytest.mark.parametrize(
+    "kind, reverse, num_steps",
+    slow_rows(
+        it.product(CORES, (False, True), NUM_STEPS),
+        # Each kind in chunks, and with dense ones all there is.
+        lambda row: row[2] == 64 or (row[0] != "dense" and row[1:] != (True, 50)),
+    ),
+)
 def test_long_ones_in_chunks(kind, reverse, num_steps):
     A, b = stack_of(kind, num_steps)
 
@@ -195,20 +210,30 @@ def test_beginnings_and_transposes_of_both_platforms(kind, reverse):
     """What an accelerator does, against the loops of a CPU, and these against JAX."""
     A, b = stack_of(kind, 7)
     y0 = jr.normal(jr.key(2), b.shape[1:])
-    of = lambda b, y0: SequentialScan().scan(A, b, y0, reverse)
-    ys, pull_back = jax.vjp(of, b, y0)
-    assert_close(AssociativeScan().scan(A, b, y0, reverse), ys, rounding())
     weights = jnp.cos(jnp.arange(b.size, dtype=b.dtype)).reshape(b.shape)
-    b_bar, y0_bar = pull_back(weights)
     after = jr.normal(jr.key(3), y0.shape)
     last = 0 if reverse else -1
-    more_b, more_y0 = pull_back(jnp.zeros_like(b).at[last].set(after))
-    for by in (*SCANS, PlatformScan(*SCANS)):
-        actual = by.scan_transposed(A, weights, None, reverse)
+    by_each = (*SCANS, PlatformScan(*SCANS))
+
+    @jax.jit
+    def every(A, b, y0, after):
+        of = lambda b, y0: SequentialScan().scan(A, b, y0, reverse)
+        ys, pull_back = jax.vjp(of, b, y0)
+        more = pull_back(jnp.zeros_like(b).at[last].set(after))
+        transposed = [
+            [by.scan_transposed(A, weights, end, reverse) for end in (None, after)]
+            for by in by_each
+        ]
+        associative = AssociativeScan().scan(A, b, y0, reverse)
+        return (ys, pull_back(weights), more), associative, transposed
+
+    (ys, slopes, more), associative, transposed = every(A, b, y0, after)
+    assert_close(associative, ys, rounding())
+    (b_bar, y0_bar), (more_b, more_y0) = slopes, more
+    for by, (actual, with_after) in zip(by_each, transposed, strict=True):
         assert_close(actual, (y0_bar, b_bar), rounding(), what=str(by))
-        actual = by.scan_transposed(A, weights, after, reverse)
         expected = (y0_bar + more_y0, b_bar + more_b)
-        assert_close(actual, expected, rounding(), what=str(by))
+        assert_close(with_after, expected, rounding(), what=str(by))
 
 
 def test_what_decides(monkeypatch):
@@ -235,7 +260,7 @@ def test_mixed_dtypes():
 
 
 #: Each kind once, in pieces and in one; kernels take long to interpret.
-BY_KERNELS = (("dense", True, 50), ("diagonal", False, 5), ("lanes", False, 5))
+BY_KERNELS = (("dense", True, 5), ("diagonal", False, 50), ("lanes", False, 5))
 
 
 @pytest.mark.parametrize(
@@ -253,9 +278,11 @@ BY_KERNELS = (("dense", True, 50), ("diagonal", False, 5), ("lanes", False, 5))
 def test_by_kernels(kind, reverse, num_steps):
     """Interpreted, in chunks of four and of up to three levels."""
     A, b = stack_of(kind, num_steps)
-    expected = SequentialScan().scan(A, b, None, reverse)
     by_kernels = KernelScan(chunk=4, max_in_one=8, interpret=True)
-    assert_close(by_kernels.scan(A, b, None, reverse), expected, rounding())
+    scans = (SequentialScan(), by_kernels)
+    both = jax.jit(lambda A, b: [by.scan(A, b, None, reverse) for by in scans])
+    expected, actual = both(A, b)
+    assert_close(actual, expected, rounding())
 
 
 @pytest.mark.parametrize("by", (AssociativeScan(), KernelScan()), ids=str)
@@ -328,17 +355,19 @@ def test_vmap():
     """Batched over all inputs, and over A alone, under a gradient."""
     keys = jr.split(jr.key(5), 4)
     A, b, y0 = jax.vmap(lambda key: elements(key, 9, 2, True))(keys)
-    for axes in ((0, 0, 0), (0, None, None), (None, 0, None)):
-        inputs = [
-            x if ax == 0 else x[0] for x, ax in zip((A, b, y0), axes, strict=True)
-        ]
+    all_axes = ((0, 0, 0), (0, None, None), (None, 0, None))
 
-        def total(scan, axes=axes, inputs=inputs):
-            batched = jax.vmap(scan, axes)
-            loss = lambda *a: jnp.sum(batched(*a) ** 2)
-            return jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
+    def slopes(scan, axes, inputs):
+        loss = lambda *a: jnp.sum(jax.vmap(scan, axes)(*a) ** 2)
+        of = [x if ax == 0 else x[0] for x, ax in zip(inputs, axes, strict=True)]
+        return jax.grad(loss, (0, 1, 2))(*of)
 
-        assert_close(total(affine_scan), total(reference), rounding())
+    @jax.jit
+    def both(*inputs):
+        scans = (affine_scan, reference)
+        return [[slopes(scan, axes, inputs) for axes in all_axes] for scan in scans]
+
+    assert_close(*both(A, b, y0), rounding())
 
 
 def test_non_finite_stays_where_it_is():

@@ -1,5 +1,7 @@
 """What a user of Diffrax writes, through all three doors, against stock Diffrax."""
 
+import functools as ft
+
 import diffrax
 import equinox as eqx
 import jax
@@ -51,9 +53,9 @@ from .helpers import (
 
 TERM = diffrax.ODETerm(lotka_volterra)
 Y0 = jnp.array([10.0, 5.0])
-HEUN = DEER(diffrax.Heun(), Newton())
 #: Newton's with neither windows nor chunks: fewer programs to compile.
 AUTO, NEWTON = Auto(), Newton(guess=Constant(), window=None, chunk=1)
+EULER = DEER(diffrax.Euler(), NEWTON)
 
 
 #: Where whole intervals and windows have the same code to go through, or both of the
@@ -68,7 +70,7 @@ HESSIANS = [
 
 
 #: What others of the same table stand for.
-RARE = ("never", "rooted")
+RARE = ("never", "rooted", "unrooted", "every fourth step, t1")
 
 
 def by_method(names, by_newton, doors=tuple(DOORS)):
@@ -89,8 +91,10 @@ def by_method(names, by_newton, doors=tuple(DOORS)):
 
 
 def run(door, solver=None, t0=0.0, t1=3.0, dt0=0.1, y0=Y0, args=None, term=TERM, **kw):
-    """`door` is a name, or None for stock Diffrax."""
-    solver = diffrax.Heun() if solver is None else solver
+    """`door` is a name, or None for stock Diffrax. Of Euler's method, unless another is
+    given, there is least to compile.
+    """
+    solver = diffrax.Euler() if solver is None else solver
     args = lotka_volterra_args() if args is None else args
     solve = diffrax.diffeqsolve if door is None else DOORS[door]
     return solve(term, solver, t0, t1, dt0, y0, args, **kw)
@@ -149,8 +153,10 @@ SAVES = {
 @pytest.mark.parametrize("what, door, method", by_method(SAVES, ("ts",)))
 def test_saveat(what, door, method):
     saveat = SAVES[what]()
-    expected = run(None, saveat=saveat)
-    sol = run(door, method=method, saveat=saveat)
+    # Curves between steps, and not straight lines.
+    solver = diffrax.Heun() if "ts" in what else None
+    expected = run(None, solver, saveat=saveat)
+    sol = run(door, solver, method=method, saveat=saveat)
     if isinstance(expected.ts, dict):
         for ours, theirs in zip(
             jtu.tree_leaves((sol.ts, sol.ys)),
@@ -164,24 +170,26 @@ def test_saveat(what, door, method):
 
 @pytest.mark.parametrize("door", slow(DOORS, lambda door: door != "c"))
 def test_dense(door):
-    ts = jnp.linspace(0.0, 3.0, 41)
     kwargs = {"num_substeps": 3, "dt0": 0.3} if door == "c" else {}
     # Not only Hermite's cubics, which Diffrax has for Heun's method.
     solver = diffrax.Heun() if door == "c" else diffrax.Tsit5()
     sol = run(door, solver, saveat=diffrax.SaveAt(dense=True), **kwargs)
     expected = run(None, solver, saveat=diffrax.SaveAt(dense=True))
-    assert_close(
-        jax.vmap(sol.evaluate)(ts), jax.vmap(expected.evaluate)(ts), rounding()
-    )
-    # Off the grid points, where it jumps.
-    ts = ts + 0.01
-    derivative = jax.vmap(sol.derivative)(ts[:-1])
-    assert_close(derivative, jax.vmap(expected.derivative)(ts[:-1]), rounding() * 10)
-    increment = sol.evaluate(0.25, 1.1)
-    assert_close(increment, expected.evaluate(0.25, 1.1), rounding())
+
+    @eqx.filter_jit
+    def curve(sol):
+        ts = jnp.linspace(0.0, 3.0, 41)
+        # The derivative off the grid points, where it jumps.
+        derivative = jax.vmap(sol.derivative)(ts[:-1] + 0.01)
+        return jax.vmap(sol.evaluate)(ts), sol.evaluate(0.25, 1.1), derivative
+
+    (*actual, slope), (*values, expected_slope) = curve(sol), curve(expected)
+    assert_close(actual, values, rounding())
+    assert_close(slope, expected_slope, rounding() * 10)
 
 
 @pytest.mark.parametrize("door", IN_ONE)
+@pytest.mark.slow(covered_by="test_nothing_is_interpolated_where_steps_end")
 def test_backward_in_time(door):
     saveat = diffrax.SaveAt(t0=True, ts=[2.9, 1.0, 0.05], steps=5, t1=True)
     kwargs = dict(t0=3.0, t1=0.0, dt0=-0.1, saveat=saveat)
@@ -211,8 +219,9 @@ def test_step_to(door):
         t1=1.0, dt0=None, stepsize_controller=diffrax.StepTo(ts),
         saveat=diffrax.SaveAt(steps=True, ts=[0.2]),
     )  # fmt: skip
-    assert_same_solution(run(door, **kwargs), run(None, **kwargs))
+    expected = run(None, **kwargs)
     kwargs["method"] = AUTO
+    assert_same_solution(run(door, **kwargs), expected)
     with pytest.raises(Exception, match="t0==ts"):
         run(door, **(kwargs | dict(t1=0.95)))
     with pytest.raises(Exception, match="strictly increasing"):
@@ -280,7 +289,7 @@ def test_a_large_max_steps_is_padding_only(kwargs, monkeypatch):
     assert sol.solver_state.ys.shape == (100, 2)
     if not kwargs.keys() >= STEP_TO.keys() - {"t1", "dt0"}:
         more = diffeqsolve(
-            TERM, DEER(diffrax.Euler(), Newton()), 3.0, 7.0, 0.1, sol.ys[30], on[-1],
+            TERM, DEER(diffrax.Euler(), NEWTON), 3.0, 7.0, 0.1, sol.ys[30], on[-1],
             **kwargs, solver_state=sol.solver_state,
         )  # fmt: skip
         rest = diffrax.diffeqsolve(
@@ -326,8 +335,9 @@ def test_gradients_at_the_times_of_steps():
 
     def gradient(door, ts):
         def loss(args):
+            kwargs = {} if door is None else {"method": AUTO}
             saveat = diffrax.SaveAt(ts=ts)
-            sol = run(door, diffrax.Euler(), t1=1.0, args=args, saveat=saveat)
+            sol = run(door, t1=1.0, args=args, saveat=saveat, **kwargs)
             return jnp.sum(jnp.sin(sol.ys))
 
         return jax.value_and_grad(loss)(lotka_volterra_args())
@@ -342,20 +352,22 @@ def test_gradients_at_the_times_of_steps():
 @pytest.mark.parametrize("num_substeps", slow((1, 6), lambda n: n == 1))
 def test_windows_under_pid_control(num_substeps):
     """Steps are rejected, a tolerance is kept, and the answer is the equation's."""
-    solver = DEER(diffrax.Tsit5(), Newton(), num_substeps)
-    controller = diffrax.PIDController(rtol=1e-8, atol=1e-8)
+    solver = DEER(diffrax.Tsit5(), NEWTON, num_substeps)
     mu = jnp.asarray(5.0)
     y0 = jnp.array([2.0, 0.0])
 
-    def solve(solver, controller=controller):
+    def solve(solver, tol=1e-8):
+        # As an array: one program for both tolerances.
+        tol = jnp.asarray(tol)
         return diffrax.diffeqsolve(
             diffrax.ODETerm(van_der_pol), solver, 0.0, 6.0, 0.5, y0, mu,
             saveat=diffrax.SaveAt(ts=jnp.linspace(0.0, 6.0, 13)),
-            stepsize_controller=controller, max_steps=4096,
+            stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
+            max_steps=4096,
         )  # fmt: skip
 
     sol, base = solve(solver), solve(diffrax.Tsit5())
-    fine = solve(diffrax.Dopri8(), diffrax.PIDController(rtol=1e-12, atol=1e-12))
+    fine = solve(diffrax.Tsit5(), 1e-12)
     error = lambda sol: float(jnp.max(jnp.abs(sol.ys - fine.ys)))
     assert int(sol.stats["num_rejected_steps"]) > 0
     if num_substeps == 1:
@@ -411,7 +423,8 @@ def test_gradient_of_an_event_time(door):
 
     def fall_time(height):
         return run(
-            door, term=diffrax.ODETerm(ball), y0=(height, jnp.array(0.0)),
+            door, diffrax.Heun(), term=diffrax.ODETerm(ball),
+            y0=(height, jnp.array(0.0)),
             args=jnp.array(9.8), t1=2.5, event=EVENTS["rooted"](),
             method=NEWTON if door == "b" else AUTO,
         ).ts[-1]  # fmt: skip
@@ -435,7 +448,8 @@ def test_what_comes_after_an_event_does_no_harm(door):
         saveat=diffrax.SaveAt(steps=True),
     )  # fmt: skip
     expected = run(None, **kwargs)
-    for method in (Newton(), Newton(fallback=False)):
+    at_once = Newton(guess=Constant(), window=None, chunk=1, fallback=False)
+    for method in (Newton(), at_once):
         assert_same_solution(run(door, method=method, **kwargs), expected)
 
 
@@ -560,7 +574,7 @@ def test_states(which, door, method):
         saveat=diffrax.SaveAt(ts=[0.3, 1.0], t1=True),
     )  # fmt: skip
     # Diffrax's Runge--Kutta methods do not take leaves of different precision.
-    solver = diffrax.Euler() if which == "mixed precision" else None
+    solver = diffrax.Euler() if which == "mixed precision" else diffrax.Heun()
     sol = run(door, solver, method=method, **kwargs)
     assert_same_solution(sol, run(None, solver, **kwargs))
 
@@ -568,7 +582,7 @@ def test_states(which, door, method):
 @pytest.mark.parametrize("door", IN_ONE)
 def test_no_time_at_all(door):
     saveat = diffrax.SaveAt(t0=True, ts=[1.0, 1.0], t1=True)
-    kwargs = dict(solver=diffrax.Heun(), t0=1.0, t1=1.0, saveat=saveat)
+    kwargs = dict(t0=1.0, t1=1.0, saveat=saveat)
 
     @eqx.filter_jit
     def gradient(y0, door):
@@ -590,7 +604,7 @@ def test_too_few_steps(door):
     kwargs = dict(max_steps=7, saveat=diffrax.SaveAt(ts=[0.3, 0.69, 0.75], steps=2))
     if door == "a":  # this helper of the tests leaves `max_steps` out for it
         solve = lambda **kw: diffeqsolve(
-            TERM, HEUN, 0.0, 3.0, 0.1, Y0, lotka_volterra_args(), **kw
+            TERM, EULER, 0.0, 3.0, 0.1, Y0, lotka_volterra_args(), **kw
         )
     else:
         solve = lambda **kw: run(door, method=AUTO, **kw)
@@ -622,10 +636,10 @@ def test_sequential_steps_are_counted_wherever_they_are():
 @pytest.mark.parametrize("fallback", (True, False))
 def test_first_nonfinite_step(fallback):
     term = diffrax.ODETerm(lambda t, y, args: jnp.where(t == 20, jnp.inf, -y))
-    solver = DEER(diffrax.Euler(), Newton(fallback=fallback))
+    method = Newton(guess=Constant(), window=None, chunk=1, fallback=fallback)
     sol = diffeqsolve(
-        term, solver, 0.0, 50.0, 1.0, jnp.array(0.3), throw=False, max_steps=60,
-        adjoint=ParallelAdjoint(),
+        term, DEER(diffrax.Euler(), method), 0.0, 50.0, 1.0, jnp.array(0.3),
+        throw=False, max_steps=60, adjoint=ParallelAdjoint(),
     )  # fmt: skip
     assert int(sol.stats["first_nonfinite_step"]) == 20
     failed = diffrax.RESULTS.successful if fallback else diffrax.RESULTS.nonfinite
@@ -929,35 +943,41 @@ def test_without_a_bound_on_steps():
     ),
     ids=("constant", "own"),
 )
+@pytest.mark.slow(covered_by="test_saveat")
 def test_guesses(guess):
     sol = run("a", method=Newton(guess=guess))
     assert_close(sol.ys, run(None).ys, rounding())
     assert int(sol.stats["num_fallback_steps"]) == 0
 
 
+@pytest.mark.slow(covered_by="test_newton.py::test_agrees_with_the_loop")
 def test_diagonal_linearisation_finds_the_same_answer():
-    sol = run("a", method=Newton(Diagonal(), newton_max_steps=200))
+    method = Newton(
+        Diagonal(), guess=Constant(), newton_max_steps=200, window=None, chunk=1
+    )
+    sol = run("a", method=method)
     assert_close(sol.ys, run(None).ys, rounding())
 
 
 @pytest.mark.parametrize("door", A_OR_B)
 def test_fallback_is_reported(door):
     """One iteration is not enough: finished sequentially, or a failure that says so."""
+    run_heun = ft.partial(run, solver=diffrax.Heun())
     saveat = diffrax.SaveAt(steps=True)
-    expected = run(None, saveat=saveat)
-    method = Newton(guess=Constant(), newton_max_steps=3)
-    sol = run(door, method=method, saveat=saveat)
+    expected = run_heun(None, saveat=saveat)
+    few = ft.partial(Newton, guess=Constant(), newton_max_steps=3, window=None, chunk=1)
+    sol = run_heun(door, method=few(), saveat=saveat)
     assert_same_solution(sol, expected)
     assert 0 < int(sol.stats["num_fallback_steps"]) < 30
-    strict = Newton(guess=Constant(), newton_max_steps=3, fallback=False)
-    sol = run(door, method=strict, saveat=saveat, throw=False)
+    strict = few(fallback=False)
+    sol = run_heun(door, method=strict, saveat=saveat, throw=False)
     assert sol.result == diffrax.RESULTS.nonlinear_max_steps_reached
     good = int(sol.stats["num_steps"])
     assert 0 < good < 30
     assert_close(sol.ys[:good], expected.ys[:good], rounding())
     assert not np.isfinite(np.asarray(sol.ys[good:])).any()
     with pytest.raises(Exception, match=rf"Step {good}, .*did not converge from there"):
-        jax.block_until_ready(run(door, method=strict).ys)
+        jax.block_until_ready(run_heun(door, method=strict).ys)
 
 
 def test_a_window_that_fails_is_rejected():
@@ -1032,25 +1052,25 @@ def test_no_retrace():
 def test_other_solvers_go_to_diffrax():
     args = lotka_volterra_args()
     expected = run(None)
-    sol = diffeqsolve(TERM, diffrax.Heun(), 0.0, 3.0, 0.1, Y0, args)
+    sol = diffeqsolve(TERM, diffrax.Euler(), 0.0, 3.0, 0.1, Y0, args)
     assert_same_solution(sol, expected, 0.0)
     windows = diffeqsolve(
-        TERM, DEER(diffrax.Heun(), Newton(), 5), 0.0, 3.0, 0.5, Y0, args
+        TERM, DEER(diffrax.Euler(), NEWTON, 5), 0.0, 3.0, 0.5, Y0, args
     )
     assert_close(windows.ys, expected.ys, rounding())
     # Without num_substeps and without ParallelAdjoint: the base solver, step by step,
     # and no word where that is what was asked for.
-    plain = DEER(diffrax.Heun(), Sequential())
+    plain = DEER(diffrax.Euler(), Sequential())
     sol = diffrax.diffeqsolve(TERM, plain, 0.0, 3.0, 0.1, Y0, args)
     assert_same_solution(sol, expected)
     with pytest.warns(UserWarning, match="nothing is parallel"):
-        sol = diffrax.diffeqsolve(TERM, HEUN, 0.0, 3.0, 0.1, Y0, args)
+        sol = diffrax.diffeqsolve(TERM, EULER, 0.0, 3.0, 0.1, Y0, args)
     assert_same_solution(sol, expected)
 
 
 def test_traced_times_need_a_bound():
     args = lotka_volterra_args()
-    solve = lambda t1, **kw: diffeqsolve(TERM, HEUN, 0.0, t1, 0.1, Y0, args, **kw).ys
+    solve = lambda t1, **kw: diffeqsolve(TERM, EULER, 0.0, t1, 0.1, Y0, args, **kw).ys
     with pytest.raises(ValueError, match="cannot be counted.*Give `max_steps"):
         jax.jit(solve)(3.0)
     bounded = jax.jit(lambda t1: solve(t1, max_steps=32))(3.0)
@@ -1144,9 +1164,9 @@ def test_refusals():
     parallel = dict(adjoint=ParallelAdjoint())
     pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="`PIDController` use `DEER.solver, num_subst"):
-        run("b", stepsize_controller=pid)
+        run("b", diffrax.Heun(), stepsize_controller=pid)
     with pytest.raises(ValueError, match="`PIDController` use `DEER.solver, num_subst"):
-        run("a", stepsize_controller=pid)
+        run("a", diffrax.Heun(), stepsize_controller=pid)
     with pytest.raises(ValueError, match=r"`DEER\(Tsit5\(...\)\)` in place of"):
         diffrax.diffeqsolve(TERM, diffrax.Tsit5(), 0.0, 1.0, 0.1, Y0, args, **parallel)
     with pytest.raises(ValueError, match="Leave out `num_substeps`"):
@@ -1170,6 +1190,9 @@ def test_refusals():
         run("a", dt0=None)
 
 
+@pytest.mark.slow(
+    covered_by="test_sdes.py::test_strong_order_against_the_exact_solution"
+)
 def test_random_key_for_each_sample():
     """An ensemble of SDE paths: the same paths as stock Diffrax."""
 

@@ -20,7 +20,6 @@ from deer_ode import (
     MassMatrixTerm,
     Newton,
     Obreshkov,
-    ParallelAdjoint,
     RadauIIA,
     Trajectory,
     Window,
@@ -65,6 +64,9 @@ ORDERS = {
 #: Neither windows nor chunks: fewer programs to compile.
 ALL_AT_ONCE = Newton(guess=Constant(), window=None, chunk=1)
 
+#: What does not converge fails.
+WITHOUT_A_FINISH = Newton(guess=Constant(), window=None, chunk=1, fallback=False)
+
 #: A regression over a few step sizes still sees the terms of higher order.
 SLACK = 0.15
 
@@ -89,7 +91,7 @@ def padded_steps(solver, term, ts, active, y0, args, times):
     program for all numbers of steps. And the interpolated states at `times`.
     """
     problem = discretise(solver, term, Grid(ts[:-1], ts[1:], active), y0, args)
-    ys = solve_trajectory(problem.recurrence, ALL_AT_ONCE).ys
+    ys = solve_trajectory(problem.recurrence, WITHOUT_A_FINISH).ys
     index = jnp.searchsorted(ts, times) - 1
     return problem.states(ys), problem.evaluate(
         ys, problem.take_steps(ys), times, index
@@ -126,6 +128,18 @@ def swing(t, y, args):
 SWING = diffrax.ODETerm(swing)
 SWING_Y0 = jnp.array([1.5, 0.0])
 SWING_T1 = 4.0
+
+
+def bent(t, y, args):
+    """Of one number: there is half as much to compile."""
+    return jnp.tanh(y) - args * y * jnp.cos(t)
+
+
+BENT = diffrax.ODETerm(bent)
+
+
+def number():
+    return BENT, jnp.array([0.7]), jnp.array(1.3)
 
 
 def swing_args(drive):
@@ -250,12 +264,11 @@ def test_a_stability(name):
     @jax.jit
     @jax.vmap
     def radii(decay, frequency):
-        ys = diffrax.diffeqsolve(
-            diffrax.ODETerm(rotation), DEER(solver, ALL_AT_ONCE), 0.0, 32.0, 1.0,
-            jnp.array([1.0, 0.0]), (decay, frequency), adjoint=ParallelAdjoint(),
-            max_steps=32, saveat=diffrax.SaveAt(t0=True, steps=True),
-        ).ys  # fmt: skip
-        return jnp.sqrt(jnp.sum(ys**2, axis=-1))[:33]
+        ys, _ = parallel_steps(
+            solver, diffrax.ODETerm(rotation), jnp.linspace(0.0, 32.0, 33),
+            jnp.array([1.0, 0.0]), (decay, frequency),
+        )  # fmt: skip
+        return jnp.concatenate([jnp.ones(1), jnp.sqrt(jnp.sum(ys**2, axis=-1))])
 
     r = np.asarray(radii(decays, frequencies))
     assert np.isfinite(r).all()
@@ -273,17 +286,18 @@ SAVE_TS = np.array([0.0, 0.13, 0.5, 0.99, 1.0])
 
 
 @pytest.mark.parametrize(
-    "name",
-    slow_unless(
-        # Obreshkov(1) is in `test_core.py`, RadauIIA(1) in `test_daes.py`.
-        ("AveragedExponential",),
-        ORDERS,
-    ),
+    "name, problem",
+    # Obreshkov(1) is in `test_core.py`, RadauIIA(1) in `test_daes.py`; derivatives of
+    # what exponentials of matrices are made of in `test_exponential.py`.
+    [
+        ("AveragedExponential", number),
+        *slow_rows([(name, ode) for name in ORDERS], lambda row: True),
+    ],
 )
-def test_values_and_gradients(name):
+def test_values_and_gradients(name, problem):
     """Of every step, and of what lies between them."""
     ts, times = jnp.linspace(0.0, 1.0, 17), jnp.array([0.03, 0.5, 0.99])
-    assert_steps_agree(ORDERS[name][0], ode, ts, times)
+    assert_steps_agree(ORDERS[name][0], problem, ts, times)
 
 
 def value_and_grad(solve, solver, dt0, **kwargs):
@@ -364,9 +378,15 @@ def test_saves_and_dense_output(name):
 
 
 def test_one_stage_of_radau_is_backward_euler():
-    saveat = diffrax.SaveAt(steps=True)
-    expected = run(None, diffrax.ImplicitEuler(root_finder=ROOT_FINDER), saveat=saveat)
-    assert_same(run("a", RadauIIA(1), saveat=saveat), expected)
+    ts = jnp.linspace(0.0, 2.0, 21)
+    euler = diffrax.ImplicitEuler(root_finder=ROOT_FINDER)
+    both = jax.jit(
+        lambda *on: (
+            parallel_steps(RadauIIA(1), SWING, ts, *on)[0],
+            sequential_steps(euler, SWING, ts, *on)[0],
+        )
+    )
+    assert_close(*both(SWING_Y0, swing_args(0.7)), rounding())
 
 
 @pytest.mark.parametrize("name", ("Obreshkov(1)", "GaussLegendre(1)"))
@@ -394,9 +414,7 @@ STATES = {
         lambda t, y, a: {"x": -a * y["v"][0], "v": (jnp.sin(y["x"]), y["v"][1] * t)},
         {"x": jnp.ones((2, 1)), "v": (jnp.zeros((2, 1)), jnp.array(1.0))},
     ),
-    "complex": (
-        lambda t, y, a: 1j * a * y * jnp.conj(y) - y, jnp.array([1 + 0.5j, 2j])
-    ),
+    "complex": (lambda t, y, a: 1j * a * y * jnp.conj(y) - y, jnp.array([1 + 0.5j])),
 }  # fmt: skip
 
 
@@ -424,16 +442,12 @@ def test_float32(name):
     f32 = jnp.float32
     inputs = jtu.tree_map(
         lambda x: x.astype(f32),
-        (jnp.linspace(0.0, 1.0, 17), SWING_Y0, swing_args(0.7), jnp.array([0.33, 1.0])),
+        (jnp.linspace(0.0, 1.0, 17), *number()[1:], jnp.array([0.33, 1.0])),
     )
-    solve = lambda steps: eqx.filter_jit(lambda x: steps(solver, SWING, *x))(inputs)
+    solve = lambda steps: eqx.filter_jit(lambda x: steps(solver, BENT, *x))(inputs)
     expected = solve(sequential_steps)
     assert expected[0].dtype == expected[1].dtype == f32
     assert_close(solve(parallel_steps), expected, rounding(f32))
-
-
-#: What does not converge fails.
-WITHOUT_A_FINISH = Newton(guess=Constant(), window=None, chunk=1, fallback=False)
 
 
 @pytest.mark.parametrize(
@@ -444,13 +458,15 @@ WITHOUT_A_FINISH = Newton(guess=Constant(), window=None, chunk=1, fallback=False
     ),
     ids=str,
 )
+@pytest.mark.slow(covered_by="test_core.py::test_event")
 def test_backward_in_time_on_a_graded_grid_with_an_event(name, method):
     solver, _ = ORDERS[name]
     ts = 2.0 - 2.0 * jnp.linspace(0.0, 1.0, 24) ** 2
-    event = diffrax.Event(lambda t, y, args, **kw: y[0] < 0.5)
+    term, y0, args = number()
+    event = diffrax.Event(lambda t, y, args, **kw: y[0] < 0.3)
     kwargs = dict(
         t0=2.0, t1=0.0, dt0=None, stepsize_controller=diffrax.StepTo(ts), event=event,
-        saveat=diffrax.SaveAt(steps=True, ts=[1.995]),
+        saveat=diffrax.SaveAt(steps=True), term=term, y0=y0, args=args,
     )  # fmt: skip
     expected = run(None, solver, **kwargs)
     assert expected.result == diffrax.RESULTS.event_occurred
@@ -483,12 +499,10 @@ def test_warm_start(name):
 def test_transformations(name):
     """vmap, jit, forward mode and second derivatives, against finite differences."""
     solver, _ = ORDERS[name]
-    method = Newton(guess=Constant(), fallback=False, window=None, chunk=1)
     ts = jnp.linspace(0.0, 2.0, 9)
 
     def final(x):
-        y0, args = jnp.stack([x[0], x[0] * 0]), {"g": x[1], "drive": jnp.asarray(0.7)}
-        ys, _ = parallel_steps(solver, SWING, ts, y0, args, method=method)
+        ys, _ = parallel_steps(solver, BENT, ts, x[:1], x[1])
         return jnp.sum(ys[-1])
 
     x, v = jnp.array([1.5, 1.1]), jnp.array([0.3, -0.7])
@@ -615,8 +629,9 @@ def test_refusals():
         with pytest.raises(ValueError, match="whole Jacobians: use .*Dense"):
             run("a", ORDERS[name][0], method=Newton(Diagonal()))
     y0 = jnp.array([1.0, 0.0])
-    solve = lambda term, solver=RadauIIA(2): diffeqsolve(
-        term, DEER(solver, ALL_AT_ONCE), 0.0, 1.0, 0.1, y0
+    # Traced, and not compiled.
+    solve = lambda term, solver=RadauIIA(2): jax.eval_shape(
+        lambda: diffeqsolve(term, DEER(solver, ALL_AT_ONCE), 0.0, 1.0, 0.1, y0).ys
     )
     good = DAETerm(lambda t, y, dy, args: dy + y)
     for solver in (diffrax.Tsit5(), Obreshkov()):
@@ -651,15 +666,15 @@ SINGULAR = {
 )
 def test_singular_equations_fail(which, name):
     """Where the second component is free, no number passes for an answer."""
-    sol = diffeqsolve(
-        SINGULAR[which], DEER(ORDERS[name][0], ALL_AT_ONCE), 0.0, 1.0, 0.25,
-        jnp.array([1.0, 0.3]),
+    solve = lambda y0: diffeqsolve(
+        SINGULAR[which], DEER(ORDERS[name][0], ALL_AT_ONCE), 0.0, 1.0, 0.25, y0,
         throw=False,
     )  # fmt: skip
-    assert sol.result != diffrax.RESULTS.successful
+    result = eqx.filter_jit(lambda y0: solve(y0).result)(jnp.array([1.0, 0.3]))
+    assert result != diffrax.RESULTS.successful
 
 
-@pytest.mark.slow(covered_by="test_daes.py::test_pendulum_has_no_spurious_solution")
+@pytest.mark.slow(covered_by="test_daes.py::test_pendulum")
 def test_no_spurious_solution():
     """A guess of long steps leads Newton to solutions of the equations far off."""
     kwargs = dict(
@@ -690,14 +705,14 @@ def test_guess_where_there_is_no_field(solver, window):
     """It is replaced by a state that is right, and only then says something."""
     num_steps = 20
     guess = Trajectory(jnp.full((num_steps, 1), -1.0))
-    kwargs = dict(y0=jnp.array([0.5]), saveat=diffrax.SaveAt(steps=True))
+    y0, t1 = jnp.array([0.5]), 2.0
     term = diffrax.ODETerm(lambda t, y, args: -jnp.log(y))
     method = Newton(guess=guess, fallback=False, window=window)
-    t1 = 2.0
-    solve = lambda solver, solve: solve(
-        term, solver, 0.0, t1, t1 / num_steps, **kwargs, max_steps=num_steps
-    )
-    actual = solve(DEER(solver, method=method), diffeqsolve)
-    expected = solve(solver, diffrax.diffeqsolve)
-    assert_close(actual.ys, expected.ys, rounding())
+    actual = diffeqsolve(
+        term, DEER(solver, method=method), 0.0, t1, t1 / num_steps, y0,
+        max_steps=num_steps, saveat=diffrax.SaveAt(steps=True),
+    )  # fmt: skip
+    ts = jnp.linspace(0.0, t1, num_steps + 1)
+    expected = jax.jit(lambda y0: sequential_steps(solver, term, ts, y0, None)[0])(y0)
+    assert_close(actual.ys, expected, rounding())
     assert int(actual.stats["num_fallback_steps"]) == 0

@@ -510,7 +510,17 @@ def test_the_step_that_is_not_finite_is_named_by_its_place(method, reverse):
     assert int(sol.stats["first_nonfinite_step"]) == 6
 
 
-def test_second_derivatives_where_the_first_input_means_nothing_at_the_end():
+@pytest.mark.parametrize(
+    "outer, inner",
+    slow_rows(
+        ((jax.grad, jax.grad), (jax.jacrev, jax.jacfwd)),
+        lambda row: row[1] is jax.jacfwd,
+    ),
+    ids=("reverse over reverse", "reverse over forward"),
+)
+def test_second_derivatives_where_the_first_input_means_nothing_at_the_end(
+    outer, inner
+):
     """Windows of 64 steps are filled up with the first input: not from the last state,
     where the map of the first step is not a number.
     """
@@ -525,14 +535,9 @@ def test_second_derivatives_where_the_first_input_means_nothing_at_the_end():
 
     last = end(1.0, lax.scan)
     assert float(xs[0] + 0.5 - last) < 0
-    for second in (
-        lambda f: jax.grad(jax.grad(f)),
-        lambda f: jax.jacrev(jax.jacfwd(f)),
-    ):
-        ours = second(lambda p: end(p, deer_ode.scan, method=method))
-        ours = quick(ours)(jnp.array(1.0))
-        theirs = quick(second(lambda p: end(p, lax.scan)))(jnp.array(1.0))
-        assert_close(ours, theirs, rounding())
+    second = lambda f: quick(outer(inner(f)))(jnp.array(1.0))
+    ours = second(lambda p: end(p, deer_ode.scan, method=method))
+    assert_close(ours, second(lambda p: end(p, lax.scan)), rounding())
 
 
 @pytest.mark.parametrize("method", (None, Newton(window=None, chunk=1)), ids=repr)
@@ -657,6 +662,7 @@ def test_checkpoint(what):
 @pytest.mark.parametrize(
     "name", slow(("mixed", "tokens", "leapfrog"), lambda name: name != "tokens")
 )
+@pytest.mark.slow(covered_by="test_guess")
 def test_reverse(name):
     step, inputs = problem(name)
     expected = value_and_grad(lax.scan, step, inputs, reverse=True)
@@ -901,7 +907,8 @@ def test_how_it_went():
 
     fail = at_once(newton_max_steps=1, fallback=False)
     with pytest.raises(RuntimeError, match="maximum number of steps"):
-        jax.block_until_ready(solved(deer_ode.scan, step, inputs, method=fail))
+        run = quick(lambda inputs: solved(deer_ode.scan, step, inputs, method=fail))
+        jax.block_until_ready(run(inputs))
     # Not even where only the derivative is asked for.
     with pytest.raises(RuntimeError, match="maximum number of steps"):
         jax.block_until_ready(

@@ -15,6 +15,7 @@ from deer_ode import (
     DEER,
     AveragedExponential,
     Coarse,
+    Constant,
     Exprb43,
     Newton,
     Obreshkov,
@@ -146,7 +147,7 @@ def test_linear_system(solver, modes):
 def test_obreshkov_does_not_damp():
     """It is stable, and no more: what is infinitely stiff alternates."""
     start = _MODES @ np.array([0.0, 1.0])
-    plain = Newton(window=None, chunk=1)
+    plain = Newton(guess=Constant(), window=None, chunk=1, fallback=False)
     sol = solve(_linear, Obreshkov(1), np.linspace(0.0, 1.0, 65), start, method=plain)
     size = np.max(np.abs(final(sol, 64))) / np.max(np.abs(start))
     assert 0.9 < size <= 1.001
