@@ -202,6 +202,9 @@ def pendulum():
         "stock, adaptive, rtol 1e-6": lambda a: states(
             stock, tsit5, 0.1, a, stepsize_controller=adaptive(1e-6)
         ),
+        "DEER(Tsit5()), adaptive, rtol 1e-6": lambda a: states(
+            ours, DEER(tsit5), 0.1, a, stepsize_controller=adaptive(1e-6)
+        ),
         "DEER(Tsit5()), one step to each sample": lambda a: states(
             ours, DEER(tsit5), None, a, stepsize_controller=to_samples
         ),

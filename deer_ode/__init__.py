@@ -40,6 +40,7 @@ from ._linearisation import (
     PairedDiagonal as PairedDiagonal,
     SharedJacobian as SharedJacobian,
 )
+from ._mesh import MeshRefinement as MeshRefinement
 from ._method import AbstractMethod as AbstractMethod, Sequential as Sequential
 from ._newton import Newton as Newton
 from ._parallel_adjoint import ParallelAdjoint as ParallelAdjoint

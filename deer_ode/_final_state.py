@@ -24,6 +24,16 @@ def final_state(
     grid = _solved_grid(state, solved, outcome)
     num_made = count_true(grid.made())
     tprev = _at_last(outcome.num_steps, solved.grid.tnext, state.tprev)
+    controller_state = advance(
+        inputs.stepsize_controller, state.controller_state, num_made
+    )
+    num_rejected = 0
+    refined = solved.refined
+    if refined is not None and refined.controller_state is not None:
+        controller_state = refined.controller_state
+        # After an event it is not known which attempts were before it.
+        if solved.events is None:
+            num_rejected = refined.num_guess_steps - num_made
     made_jump = state.made_jump
     if not isinstance(made_jump, bool):
         made_jump = made_jump & ~(outcome.num_steps > 0)  # no controller makes jumps
@@ -33,14 +43,12 @@ def final_state(
         tnext=tprev,
         made_jump=made_jump,
         solver_state=_solver_state(inputs, state, solved),
-        controller_state=advance(
-            inputs.stepsize_controller, state.controller_state, num_made
-        ),
+        controller_state=controller_state,
         progress_meter_state=_meter_state(inputs, state, tprev),
         result=outcome.result,
-        num_steps=state.num_steps + num_made,
+        num_steps=state.num_steps + num_made + num_rejected,
         num_accepted_steps=state.num_accepted_steps + num_made,
-        num_rejected_steps=state.num_rejected_steps,
+        num_rejected_steps=state.num_rejected_steps + num_rejected,
         save_state=_save_all(inputs, state, grid),
         **_dense_fields(inputs, state, solved, grid),
         **_event_fields(state, solved, outcome),
@@ -146,6 +154,16 @@ def stats(solved: Solved, outcome: Outcome) -> dict[str, Any]:
     solution = solved.solution
     nonfinite = solution.first_nonfinite_step
     indices = jnp.arange(solved.grid.num_steps, dtype=jnp.int32)
+    refined = solved.refined
+    meshes = (
+        {}
+        if refined is None
+        else dict(
+            num_meshes=refined.num_meshes,
+            num_mesh_steps=refined.num_mesh_steps,
+            num_guess_steps=refined.num_guess_steps,
+        )
+    )
     return dict(
         path=solved.method.path(solved.discretised.recurrence),
         **solution.stats(),
@@ -154,4 +172,5 @@ def stats(solved: Solved, outcome: Outcome) -> dict[str, Any]:
         num_fallback_steps=jnp.sum(
             solution.is_sequential & (indices < outcome.num_steps), dtype=jnp.int32
         ),
+        **meshes,
     )

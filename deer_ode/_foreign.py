@@ -199,6 +199,11 @@ def direction_of(terms: PyTree[diffrax.AbstractTerm]) -> Any:
     return wrapped[0].direction if wrapped else 1
 
 
+def has_noise(terms: PyTree[diffrax.AbstractTerm]) -> bool:
+    """Whether there is a Brownian path among the controls."""
+    return bool(_instances(diffrax.AbstractBrownianPath, terms))
+
+
 def has_adjoint_term(terms: PyTree[diffrax.AbstractTerm]) -> bool:
     """Whether they are the terms of a backward solve of `BacksolveAdjoint`."""
     return bool(_instances(AdjointTerm, terms))
@@ -290,6 +295,8 @@ def advance(
     """The state of `ConstantStepSize` or `StepTo` so many steps on."""
     if isinstance(controller, diffrax.StepTo):
         return state + num_steps
+    if not isinstance(controller, diffrax.ConstantStepSize):
+        return state  # of a controller whose steps follow from a tolerance
     count, *rest = state
     return (count + num_steps, *rest)
 

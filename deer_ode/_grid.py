@@ -1,8 +1,9 @@
 """What Diffrax gives its loop, and the grid of the steps that the loop would make."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import diffrax
+import jax.lax as lax
 import jax.numpy as jnp
 
 from ._counting import KnownSteps
@@ -39,19 +40,34 @@ class LoopInputs(NamedTuple):
         return not isinstance(self.progress_meter, diffrax.NoProgressMeter)
 
 
+KNOWN_STEPS = (diffrax.ConstantStepSize, diffrax.StepTo)
+
+
 def controller_grid(inputs: LoopInputs, state: LoopState) -> Grid:
     """The steps that the controller would make, known without solving anything."""
     controller, known = inputs.stepsize_controller, inputs.known
     if isinstance(controller, diffrax.StepTo):
         return _given_grid(controller, inputs, state)
-    max_steps = _check_max_steps(controller, inputs.max_steps)
+    max_steps = _check_max_steps(inputs.max_steps)
     t1 = inputs.t1
     if known is not None:
         first = jnp.minimum(state.tnext, t1)
         tprev, tnext = even_steps(state.tprev, first, t1, known.num_steps)
-        return Grid(tprev, tnext, jnp.ones(known.num_steps, bool))
+        return Grid(tprev, tnext, jnp.ones(known.num_steps, bool), True)
     tprev, tnext = constant_steps(state, t1, max_steps)
     return Grid(tprev, tnext, tprev < t1)
+
+
+def placeholder_grid(inputs: LoopInputs, state: LoopState) -> Grid:
+    """As many steps as there is room for, of a mesh that is not known yet."""
+    max_steps = _check_max_steps(inputs.max_steps)
+    points = jnp.linspace(
+        lax.stop_gradient(state.tprev),
+        lax.stop_gradient(inputs.t1),
+        max_steps + 1,
+        dtype=jnp.result_type(inputs.t1),
+    )
+    return Grid(points[:-1], points[1:], jnp.ones(max_steps, bool))
 
 
 def _given_grid(
@@ -66,19 +82,20 @@ def _given_grid(
     dtype = jnp.result_type(inputs.t1)
     tnext = ts[1 : num_steps + 1].astype(dtype).at[0].set(state.tnext)
     tprev = jnp.concatenate([jnp.asarray(state.tprev)[None], tnext[:-1]])
-    return Grid(tprev, tnext, jnp.ones(num_steps, bool))
+    return Grid(tprev, tnext, jnp.ones(num_steps, bool), True)
 
 
-def _check_max_steps(
-    controller: diffrax.AbstractStepSizeController, max_steps: int | None
-) -> int:
-    if not isinstance(controller, diffrax.ConstantStepSize):
-        raise ValueError(
-            "`ParallelAdjoint` solves for all steps at once, so they must be known "
-            "beforehand: `ConstantStepSize()` or `StepTo(ts)`. With "
-            f"`{type(controller).__name__}` use `DEER(solver, num_substeps=...)` and "
-            "Diffrax's default adjoint: its steps are then solved window by window."
-        )
+def refuse(controller: diffrax.AbstractStepSizeController) -> NoReturn:
+    raise ValueError(
+        "`ParallelAdjoint` solves for all steps at once, so they must be known "
+        "beforehand (`ConstantStepSize()` or `StepTo(ts)`) or follow from a "
+        "tolerance (`PIDController(rtol, atol)` or `deer_ode.MeshRefinement`). With "
+        f"`{type(controller).__name__}` use `DEER(solver, num_substeps=...)` and "
+        "Diffrax's default adjoint: its steps are then solved window by window."
+    )
+
+
+def _check_max_steps(max_steps: int | None) -> int:
     if max_steps is None:
         raise ValueError(
             "`ParallelAdjoint` needs to know at most how many steps there are: give "

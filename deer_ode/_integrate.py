@@ -14,12 +14,16 @@ from jaxtyping import ArrayLike, PyTree
 from ._counting import KnownSteps, count_resumed_steps, count_steps
 from ._custom_types import Args, Y
 from ._discretisation import AbstractImplicitTerm, consistent_initial_values
+from ._grid import KNOWN_STEPS
 from ._misc import describe
 from ._parallel_adjoint import CountedSteps, ParallelAdjoint
 from ._solver import DEER
 
 
 _DIFFRAX_MAX_STEPS = 4096
+
+# Room for the steps of a mesh that follows from a tolerance.
+_MOST_ROOM = 2**20
 
 
 class _Equation(NamedTuple):
@@ -88,8 +92,9 @@ def diffeqsolve(
     r"""Solves a differential equation, all time steps in parallel.
 
     The same arguments, in the same order and meaning, as `diffrax.diffeqsolve`, and
-    the same `diffrax.Solution`. With a solver [`deer_ode.DEER`][] and steps that are
-    known beforehand the whole interval is solved at once. Two arguments need not be
+    the same `diffrax.Solution`. With a solver [`deer_ode.DEER`][] the whole interval is
+    solved at once, on steps that are known beforehand or that follow from a tolerance
+    ([`deer_ode.MeshRefinement`][]). Two arguments need not be
     given:
 
     - `max_steps` is the number of steps, counted from `t0`, `t1` and `dt0` (or from
@@ -102,6 +107,8 @@ def diffeqsolve(
         one's grid would have its ends; so they are counted if that state is known while
         tracing. Where it is not they are counted by `dt0`, and `max_steps_reached` says
         if they are more.
+        Where steps follow from a tolerance it is the room for them: as much as it
+        takes, or Diffrax's 4096 within `jit`, `grad` and `vmap`.
     - `adjoint` is [`deer_ode.ParallelAdjoint`][], whose derivatives are exact.
 
     Beside Diffrax's terms there are [`deer_ode.DAETerm`][] and
@@ -125,7 +132,8 @@ def diffeqsolve(
 
     **Raises:**
 
-    - `ValueError`: for bad input, and where the steps are not known beforehand.
+    - `ValueError`: for bad input, and where steps can neither be counted nor follow
+        from a tolerance.
     - `RuntimeError`: if `throw=True` and the solve fails at run time.
 
     !!! example
@@ -185,9 +193,8 @@ def _check_fields(terms, t0, y0: Y, args: Args) -> None:
 
 def _is_endless(t0, t1) -> bool:
     """Whether only an event can end the solve."""
-    if isinstance(t0, jax.core.Tracer) or isinstance(t1, jax.core.Tracer):
-        return False
-    return bool(np.isinf(t1 - t0))
+    known = [t for t in (t0, t1) if not isinstance(t, jax.core.Tracer)]
+    return any(bool(np.isinf(t)) for t in known)
 
 
 def _solve(equation: _Equation, adjoint, max_steps, kwargs: dict[str, Any]):
@@ -206,12 +213,73 @@ def _solve(equation: _Equation, adjoint, max_steps, kwargs: dict[str, Any]):
         return diffrax.diffeqsolve(*equation, **kwargs)
     if max_steps == "counted":
         max_steps = None
+    if not isinstance(kwargs["stepsize_controller"], KNOWN_STEPS):
+        kwargs["adjoint"] = ParallelAdjoint()
+        _check_end(equation)
+        if max_steps is None:
+            return _solve_with_room(equation, kwargs)
     bound, known = _count(equation, max_steps, kwargs)
     if max_steps is None:
         max_steps = _bound_on_steps(equation, bound, kwargs)
     if adjoint is None:
         adjoint = ParallelAdjoint() if known is None else CountedSteps(known)
     kwargs |= dict(adjoint=adjoint, max_steps=max_steps)
+    return _with_checked_fields(equation, kwargs)
+
+
+def _check_end(equation: _Equation) -> None:
+    if _is_endless(equation.t0, equation.t1):
+        raise ValueError(
+            "To solve for a tolerance in parallel the interval needs an end; got t0="
+            f"{equation.t0}, t1={equation.t1}. Give a `t1` beyond the event, or solve "
+            "window by window with `DEER(..., num_substeps=...)` in "
+            "`diffrax.diffeqsolve`."
+        )
+
+
+def _is_traced(equation: _Equation) -> bool:
+    """Whether numbers are not known yet, as far as it can be seen."""
+    leaves = [jnp.zeros(()), *jtu.tree_leaves(equation)]
+    return any(isinstance(x, jax.core.Tracer) for x in leaves)
+
+
+def _solve_with_room(equation: _Equation, kwargs: dict[str, Any]) -> diffrax.Solution:
+    """On a mesh whose number of steps follows from a tolerance: with Diffrax's default
+    for `max_steps` while tracing, and otherwise with as many as it takes.
+    """
+    # At first no more than some 100 MB of states, and at most 4 GiB.
+    size = sum(np.size(y) for y in jtu.tree_leaves(equation.y0))
+    rows = lambda num_bytes: max(64, num_bytes // (8 * max(size, 1)))
+    first = min(_DIFFRAX_MAX_STEPS, rows(2**27))
+    most = max(first, min(_MOST_ROOM, rows(2**32)))
+
+    def solve(max_steps: int, throw: bool) -> diffrax.Solution:
+        options = kwargs | dict(max_steps=max_steps, throw=throw)
+        return _with_checked_fields(equation, options)
+
+    if _is_traced(equation):
+        return solve(_DIFFRAX_MAX_STEPS, kwargs["throw"])
+    room = first
+    while True:
+        sol = solve(room, False)
+        wanted = sol.stats["num_mesh_steps"]
+        leaves = jtu.tree_leaves((wanted, sol.result))
+        if any(isinstance(x, jax.core.Tracer) for x in leaves):
+            # Of what a field or an event closes over.
+            return solve(_DIFFRAX_MAX_STEPS, kwargs["throw"])
+        is_short = bool(sol.result == diffrax.RESULTS.max_steps_reached)
+        if not is_short or room >= most:
+            break
+        # A power of two, so that few programs are compiled.
+        wanted = max(int(wanted), room)
+        room = min(2 ** int(np.ceil(np.log2(1.25 * wanted))), most)
+    is_fine = bool(diffrax.is_okay(sol.result))
+    return sol if is_fine or not kwargs["throw"] else solve(room, True)
+
+
+def _with_checked_fields(
+    equation: _Equation, kwargs: dict[str, Any]
+) -> diffrax.Solution:
     try:
         return diffrax.diffeqsolve(*equation, **kwargs)
     except (TypeError, ValueError):

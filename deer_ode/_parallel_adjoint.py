@@ -11,16 +11,27 @@ from typing import Any, ClassVar
 import diffrax
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._counting import KnownSteps
-from ._discretisation import Grid, discretise
+from ._discretisation import Discretised, Grid, discretise
+from ._events import find_events
 from ._final_state import final_state, stats
-from ._foreign import LoopState, run_loop
-from ._grid import LoopInputs, controller_grid
+from ._foreign import LoopState, has_noise, run_loop
+from ._grid import (
+    KNOWN_STEPS,
+    LoopInputs,
+    controller_grid,
+    placeholder_grid,
+    refuse,
+)
+from ._mesh import as_mesh_refinement
 from ._method import AbstractMethod
 from ._misc import StateFlattener
+from ._plan import default_platform
 from ._predictor import Trajectory
+from ._refinement import Refined, Refinement, refine, sequential_mesh
 from ._solver import DEER
 from ._solving import find_outcome, raise_failure, solve
 
@@ -61,10 +72,25 @@ def _make_all_steps(
     inputs: LoopInputs, state: LoopState, guess: Array | None
 ) -> tuple[LoopState, dict[str, Any]]:
     """What Diffrax's loop would end with, and the statistics of getting there."""
-    grid = controller_grid(inputs, state)
+    is_known = isinstance(inputs.stepsize_controller, KNOWN_STEPS)
+    if is_known:
+        grid = controller_grid(inputs, state)
+    else:
+        grid, guess = placeholder_grid(inputs, state), None
     method = _method(inputs, state, grid, guess)
+    discretised, refined = _discretised(inputs, state, grid), None
+    if not is_known:
+        discretised, refined = _on_a_mesh(inputs, state, discretised, method)
+    solved = solve(inputs, state, discretised, method, refined)
+    outcome = find_outcome(inputs, state, solved)
+    if inputs.throw and not solved.always_succeeds:
+        solved = raise_failure(inputs, solved, outcome)
+    return final_state(inputs, state, solved, outcome), stats(solved, outcome)
+
+
+def _discretised(inputs: LoopInputs, state: LoopState, grid: Grid) -> Discretised:
     # Whether a path reaches as far as the solve is seen once an event has ended that.
-    discretised = discretise(
+    return discretise(
         inputs.solver.solver,
         inputs.terms,
         grid,
@@ -72,11 +98,61 @@ def _make_all_steps(
         inputs.args,
         is_checked=inputs.event is None,
     )
-    solved = solve(inputs, state, discretised, method)
-    outcome = find_outcome(inputs, state, solved)
-    if inputs.throw and not solved.always_succeeds:
-        solved = raise_failure(inputs, solved, outcome)
-    return final_state(inputs, state, solved, outcome), stats(solved, outcome)
+
+
+def _on_a_mesh(
+    inputs: LoopInputs,
+    state: LoopState,
+    discretised: Discretised,
+    method: AbstractMethod,
+) -> tuple[Discretised, Refined]:
+    """The same equation on the mesh that meets the tolerance, and its solution."""
+    controller = inputs.stepsize_controller
+    order = inputs.solver.error_order(inputs.terms)
+    if method.is_sequential(discretised.recurrence, default_platform()):
+        refined = sequential_mesh(
+            *(inputs.solver.solver, inputs.terms, inputs.args, controller, order),
+            *(state, jnp.asarray(inputs.t1), discretised.grid.num_steps),
+        )
+    else:
+        refined = _refined(inputs, state, discretised, method, order)
+    # Derivatives in the ends of the interval go through the first and the last step.
+    grid = refined.grid
+    ends = grid.tnext == inputs.t1
+    grid = Grid(
+        grid.tprev.at[0].set(state.tprev),
+        jnp.where(ends, inputs.t1, grid.tnext),
+        grid.active,
+    )
+    if discretised.has_draws:
+        return _discretised(inputs, state, grid), refined
+    return discretised.on(grid), refined
+
+
+def _refined(
+    inputs: LoopInputs,
+    state: LoopState,
+    discretised: Discretised,
+    method: AbstractMethod,
+    order: Any,
+) -> Refined:
+    controller = as_mesh_refinement(inputs.stepsize_controller)
+    if controller is None:
+        refuse(inputs.stepsize_controller)
+    if has_noise(inputs.terms):
+        raise ValueError(
+            "A stochastic differential equation cannot be solved to a tolerance in "
+            "parallel: its steps must be known beforehand (`ConstantStepSize()` or "
+            f"`StepTo(ts)`); got {type(inputs.stepsize_controller).__name__}. "
+            "`DEER(solver, num_substeps=...)` and Diffrax's default adjoint solve it "
+            "window by window."
+        )
+    until_event = None
+    if inputs.event is not None:
+        until_event = lambda grid, ys: find_events(inputs, state, grid, ys).happened
+    if controller.error_order is not None:
+        order = controller.error_order
+    return refine(Refinement(controller, discretised, method, order, until_event))
 
 
 def _check_solver(solver: diffrax.AbstractSolver) -> None:
@@ -142,9 +218,10 @@ class ParallelAdjoint(AbstractParallelAdjoint):
     - `first_nonfinite_step`: the first step to a state that is not finite, counted from
         zero; -1 if there is none.
 
-    The steps must be known beforehand: `ConstantStepSize()` or `StepTo(ts)`. With the
-    former the solve is sized for `max_steps` steps, and pays for those that are not
-    needed: give the true number. [`deer_ode.diffeqsolve`][] does so by itself.
+    The steps are known beforehand (`ConstantStepSize()` or `StepTo(ts)`), or follow
+    from a tolerance ([`deer_ode.MeshRefinement`][]). A solve is sized for `max_steps`
+    steps, and iterations on accelerators pay for those that are not needed: give the
+    true number. [`deer_ode.diffeqsolve`][] does so by itself.
 
     Derivatives are exact, those of the discrete solution, forward and reverse and to
     any order, by the implicit function theorem, for which only the trajectory is kept;

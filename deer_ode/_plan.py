@@ -48,10 +48,9 @@ _CPU_TANGENT_WINDOW = 512
 
 # The relative tolerance of an adaptive guess. Of a pendulum near the top and Kepler's
 # orbit over 1,000 to 20,000 steps by Tsit5, 1e-4, 1e-5 and 1e-6 left 5, 4 to 5 and 3 to
-# 5 iterations. Of Robertson over 400 steps by Kvaerno3, 1e-4 and 1e-5 left 5 and 3
-# (JAX 0.12).
+# 5 iterations. Implicit steps for stiff equations: 58 steps for Robertson's reaction,
+# 413 for Van der Pol's oscillator with mu = 100 (JAX 0.12).
 _GUESS_RTOL = 1e-6
-_STIFF_GUESS_RTOL = 1e-4
 
 # Its absolute tolerance, in units of the relative one times the largest initial entry.
 # Reasoned, not measured: entries of a thousandth of the largest are still resolved.
@@ -179,12 +178,11 @@ class Plan:
     """Which Jacobian is used, chosen by its structure; `None` for the method's own."""
 
 
-def guess_tolerance(rtol: float | None, dtype: Any, is_stiff: bool) -> float:
+def guess_tolerance(rtol: float | None, dtype: Any) -> float:
     """The relative tolerance of an adaptive guess, given or by default: no tighter than
     rounding allows.
     """
-    if rtol is None:
-        rtol = _STIFF_GUESS_RTOL if is_stiff else _GUESS_RTOL
+    rtol = _GUESS_RTOL if rtol is None else rtol
     return max(rtol, 64 * float(jnp.finfo(dtype).eps))
 
 

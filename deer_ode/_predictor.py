@@ -119,8 +119,8 @@ class Adaptive(AbstractPredictor):
 
 Adaptive.__init__.__doc__ = """**Arguments:**
 
-- `rtol`: the relative tolerance; by default 1e-6, or 1e-4 for stiff equations, and no
-    less than 64 units of rounding.
+- `rtol`: the relative tolerance; by default 1e-6, and no less than 64 units of
+    rounding.
 
 **Raises:**
 

@@ -96,6 +96,13 @@ class AbstractRecurrence(eqx.Module):
     def num_steps(self) -> int:
         """$T$, which is static."""
 
+    @property
+    def num_active(self) -> Int[Array, ""] | int:
+        """How many steps are made. Those after them are padding: they hold the state,
+        and count as converged once these have.
+        """
+        return self.num_steps
+
     @abc.abstractmethod
     def step(self, index: Int[Array, ""], y: State) -> State:
         """$f_i(y)$ for the step of zero-based `index`: one sequential step."""

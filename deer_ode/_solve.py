@@ -247,8 +247,11 @@ class Solve:
         """With what an iteration made of `length` steps from `start` on."""
         num_steps, tally = self.num_steps, progress.tally
         num_good = start + leading_true(updated.good)
+        is_end = num_good >= self.recurrence.num_active
+        num_good = jnp.where(is_end, num_steps, num_good)
         steps = start + jnp.arange(length, dtype=jnp.int32)
-        is_new = ((steps >= progress.num_good) & (steps < num_good))[:, None]
+        is_new = (steps >= progress.num_good) & (steps < num_good)
+        is_new = (is_new & (steps < self.recurrence.num_active))[:, None]
         newly = lambda x: jnp.where(is_new, jnp.abs(x), 0)
         # If the step after the converged ones is not finite, neither is the answer. A
         # bad guess may be the cause, but is replaced after one iteration.
@@ -483,8 +486,10 @@ class Solve:
         if self.meter is not None:
             self.meter.close(self._show(progress).meter)
         tally = progress.tally
+        steps = jnp.arange(self.num_steps, dtype=jnp.int32)
+        is_made = steps < self.recurrence.num_active
         return TrajectorySolution(
-            ys=progress.ys,
+            ys=hold_last_good(self.recurrence.y0, progress.ys, is_made),
             num_good_steps=progress.num_good,
             num_newton_steps=tally.num_newton_steps,
             num_windows=tally.num_windows,

@@ -19,6 +19,7 @@ from ._implicit import give_derivatives, is_native, solve_trajectory
 from ._method import AbstractMethod, TrajectorySolution
 from ._misc import always, hold_last_good, leading_true, state_at, without_gradient
 from ._programs import Program
+from ._refinement import Refined
 
 
 class Solved(NamedTuple):
@@ -35,6 +36,8 @@ class Solved(NamedTuple):
     trajectory: Trajectory
     steps: Steps
     events: Events | None
+    refined: Refined | None
+    """How the grid was found, if it follows from a tolerance."""
 
     @property
     def failed(self) -> Mask | None:
@@ -46,7 +49,8 @@ class Solved(NamedTuple):
 
     @property
     def always_succeeds(self) -> bool:
-        return self.steps.result is None and self.method.fallback
+        is_sure = self.steps.result is None and self.method.fallback
+        return is_sure and self.refined is None
 
 
 def solve(
@@ -54,18 +58,25 @@ def solve(
     state: LoopState,
     discretised: Discretised,
     method: AbstractMethod,
+    refined: Refined | None = None,
 ) -> Solved:
-    """Solves for all steps, or for all up to the first event."""
+    """Solves for all steps, or for all up to the first event. With `refined` they have
+    been solved for, without derivatives.
+    """
     grid, events = discretised.grid, None
-    if inputs.event is None:
+    solution: Any = None if refined is None else refined.solution
+    if inputs.event is None and solution is None:
         solution = solve_trajectory(discretised.recurrence, method)
         found = trajectory = solution.ys
+    elif inputs.event is None:
+        found, trajectory = _with_derivatives(discretised, method, solution)
     else:
         # First without derivatives, to see how far the solve goes: states after the
         # event may be non-finite, and their derivatives with them.
-        solution = solve_trajectory(
-            without_gradient(discretised.recurrence), method, is_checked=False
-        )
+        if solution is None:
+            solution = solve_trajectory(
+                without_gradient(discretised.recurrence), method, is_checked=False
+            )
         find = ft.partial(find_events, inputs, state)
         conditions = Program.of(find, grid, discretised.states(solution.ys))
         events = without_gradient(conditions(grid, discretised.states(solution.ys)))
@@ -76,7 +87,10 @@ def solve(
         if conditions.has_checks:
             events = check_conditions(events, find, discretised, trajectory)
     steps = discretised.take_steps(trajectory)
-    return Solved(grid, discretised, method, solution, found, trajectory, steps, events)
+    return Solved(
+        *(grid, discretised, method, solution, found, trajectory, steps, events),
+        refined,
+    )
 
 
 def _with_derivatives(
@@ -133,6 +147,12 @@ def find_outcome(inputs: LoopInputs, state: LoopState, solved: Solved) -> Outcom
     num_steps = jnp.minimum(num_steps, num_good)
     shortfall = solved.method.result(solved.solution, num_wanted)
     result = diffrax.RESULTS.where(is_short, diffrax.RESULTS.promote(shortfall), result)
+    if solved.refined is not None:
+        num_accurate = solved.refined.num_accurate
+        is_inaccurate = num_accurate < num_steps
+        num_steps = jnp.minimum(num_steps, num_accurate)
+        too_short = diffrax.RESULTS.dt_min_reached
+        result = diffrax.RESULTS.where(is_inaccurate, too_short, result)
     are_all_made = (
         inputs.known is not None and inputs.event is None and solved.always_succeeds
     )

@@ -301,6 +301,7 @@ def test_inconsistent_initial_values():
     )  # fmt: skip
     with pytest.raises(Exception, match="initial values are not consistent"):
         jax.block_until_ready(solve(off, True).ys)
+    assert float(solve(off, False).stats["initial_residual"]) > 1e-3
     # By the same program, which does not always raise.
     fine = solve(on, True)
     made = jax.jit(

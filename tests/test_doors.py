@@ -541,6 +541,9 @@ def test_steady_state_without_an_end():
     assert 0 < int(expected.stats["num_steps"]) < 64
     for door, method in (("b", NEWTON), ("c", AUTO)):
         assert_same_solution(run(door, method=method, **kwargs), expected)
+    # Nor is the start known while tracing.
+    traced = jax.jit(lambda t0: run("a", t0=t0, **kwargs).ts)(0.0)
+    assert_close(traced, expected.ts, rounding())
 
 
 STATES = {
@@ -1159,14 +1162,17 @@ def test_short_steps_that_are_counted_are_diffraxs():
     assert 10 < sum(are_counted) < 35
 
 
+class OtherController(diffrax.PIDController):
+    """One of the user's own, of which nothing is known."""
+
+
 def test_refusals():
     args = lotka_volterra_args()
     parallel = dict(adjoint=ParallelAdjoint())
-    pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match="`PIDController` use `DEER.solver, num_subst"):
-        run("b", diffrax.Heun(), stepsize_controller=pid)
-    with pytest.raises(ValueError, match="`PIDController` use `DEER.solver, num_subst"):
-        run("a", diffrax.Heun(), stepsize_controller=pid)
+    unknown = OtherController(rtol=1e-3, atol=1e-3)
+    for door in "ab":
+        with pytest.raises(ValueError, match="`OtherController` use `DEER.solver, num"):
+            run(door, diffrax.Heun(), stepsize_controller=unknown)
     with pytest.raises(ValueError, match=r"`DEER\(Tsit5\(...\)\)` in place of"):
         diffrax.diffeqsolve(TERM, diffrax.Tsit5(), 0.0, 1.0, 0.1, Y0, args, **parallel)
     with pytest.raises(ValueError, match="Leave out `num_substeps`"):

@@ -16,6 +16,7 @@ def item(nodeid, *keywords, **of_slow):
     markers = []
     return types.SimpleNamespace(
         nodeid=nodeid, keywords=keywords, add_marker=markers.append, markers=markers,
+        get_closest_marker=lambda name: name if name in keywords else None,
         iter_markers=lambda name: [types.SimpleNamespace(kwargs=of_slow)],
     )  # fmt: skip
 

@@ -1,5 +1,10 @@
 """Differential equation terms and a time grid, made into a recurrence."""
 
+from ._adaptive import (
+    AdaptiveSolution as AdaptiveSolution,
+    adaptive_steps as adaptive_steps,
+    solve_adaptively as solve_adaptively,
+)
 from ._averaged import AveragedExponential as AveragedExponential
 from ._base import Grid as Grid
 from ._collocation import GaussLegendre as GaussLegendre, RadauIIA as RadauIIA
@@ -8,6 +13,9 @@ from ._consistent import (
     consistent_initial_values as consistent_initial_values,
 )
 from ._discretise import Discretised as Discretised, discretise as discretise
+from ._equations import (
+    AbstractEquationRecurrence as AbstractEquationRecurrence,
+)
 from ._exponential import (
     ExponentialRosenbrockEuler as ExponentialRosenbrockEuler,
     Exprb32 as Exprb32,
@@ -19,7 +27,7 @@ from ._implicit_terms import (
     MassMatrixTerm as MassMatrixTerm,
 )
 from ._obreshkov import Obreshkov as Obreshkov
-from ._step_map import (
+from ._one_step import (
     check_one_step as check_one_step,
     one_step as one_step,
     tracing_steps as tracing_steps,

@@ -4,8 +4,9 @@ A guess has to resolve the solution and not the grid, so it takes as many sequen
 steps on a grid as fine as one likes.
 """
 
+import functools as ft
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -13,15 +14,22 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, PyTree
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._custom_types import Args, State, Trajectory
-from .._foreign import has_control_derivative, unvmap_any, unwrap
+from .._custom_types import Args, State, Trajectory, Y
+from .._foreign import (
+    SNAPPED_UNITS,
+    has_control_derivative,
+    nextafter,
+    unvmap_any,
+    unwrap,
+)
 from .._misc import StateFlattener, hold_last_good, is_reasonable, select
 from .._plan import FEWEST_GUESS_STEPS, GUESS_ATOL, guess_tolerance, most_attempts
 from .._programs import without_checks
 from ._base import Grid
-from ._explicit_rk import explicit_rk_step
+from ._one_step import one_step
 
 
 def is_ode(term) -> bool:
@@ -58,43 +66,60 @@ def guess_field(terms, args: Args, flattener: StateFlattener):
     return flat_field(terms, args, flattener)
 
 
-class _WrittenOut(diffrax.AbstractERK):
-    """`Dopri8` without its loop over stages, of which an accelerator launches each turn
-    by itself. On a CPU solves took 0.4 to 0.9 times as long without it (JAX 0.12).
-    """
-
-    tableau: ClassVar = diffrax.Dopri8.tableau
-    interpolation_cls: ClassVar = diffrax.Dopri8.interpolation_cls
-
-    def order(self, terms):
-        return diffrax.Dopri8().order(terms)
-
-    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        del made_jump
-        y1, y_error, dense_info = explicit_rk_step(self, terms, t0, t1, y0, args)
-        return y1, y_error, dense_info, solver_state, diffrax.RESULTS.successful
-
-
-def _solver(is_stiff: bool, rtol, atol) -> diffrax.AbstractAdaptiveSolver:
+def _loose_solver(is_stiff: bool, rtol, atol) -> diffrax.AbstractAdaptiveSolver:
     if is_stiff:
-        return diffrax.Kvaerno5(root_finder=diffrax.VeryChord(rtol=rtol, atol=atol))
-    return _WrittenOut()
+        # Not `VeryChord`, whose Jacobian is that of the start of a step: it rejected
+        # two steps in three, and took 5 to 11 times as many (JAX 0.12).
+        return diffrax.Kvaerno5(root_finder=optx.Chord(rtol=rtol, atol=atol))
+    return diffrax.Dopri8()
 
 
-class _Stepping(NamedTuple):
-    """Between two attempts."""
+class Stepping(NamedTuple):
+    """Adaptive steps, between two attempts."""
 
     num_attempts: Int[Array, ""]
     num_accepted: Int[Array, ""]
     tprev: Float[Array, ""]
     tnext: Float[Array, ""]
-    y: State
-    solver_state: PyTree[Array]
+    y: Y
     controller_state: PyTree[Array]
-    ts: Float[Array, " attempts"]
-    """The ends of the accepted steps; then infinity."""
+    is_too_short: Bool[Array, ""]
+    """Whether the controller gave up."""
+    starts: Float[Array, " attempts"]
+    ends: Float[Array, " attempts"]
+    """Of the accepted steps; then infinity."""
     infos: PyTree[Array]
     """What the interpolation of each needs."""
+
+
+class AdaptiveSolution(eqx.Module):
+    """An adaptive solve, and the solution between its steps."""
+
+    t0: Float[Array, ""]
+    y0: State
+    reached: Float[Array, ""]
+    """How far it came."""
+    num_attempts: Int[Array, ""]
+    num_accepted: Int[Array, ""]
+    ts: Float[Array, " attempts"]
+    """The ends of the accepted steps; then infinity."""
+    _infos: PyTree[Array]
+    _interpolation_cls: Callable[..., Any] = eqx.field(static=True)
+
+    def __call__(self, ts: Float[Array, " times"]) -> Trajectory:
+        """The states at ascending times; those that were not reached are held."""
+
+        def at(t):
+            index = jnp.searchsorted(self.ts, t)
+            index = jnp.clip(index, 0, jnp.maximum(self.num_accepted - 1, 0))
+            start = jnp.where(index > 0, self.ts[index - 1], self.t0)
+            info = jtu.tree_map(lambda x: x[index], self._infos)
+            step = self._interpolation_cls(t0=start, t1=self.ts[index], **info)
+            return step.evaluate(t)
+
+        ys = jax.vmap(at)(ts)
+        was_reached = (ts <= self.reached) & (self.num_accepted > 0)
+        return hold_last_good(self.y0, ys, is_reasonable(ys) & was_reached)
 
 
 def adaptive_trajectory(
@@ -104,100 +129,162 @@ def adaptive_trajectory(
     rtol: float | None,
     is_stiff: bool,
 ) -> Trajectory:
-    """The states after the steps of `grid`; those that were not reached are held.
+    """The states after the steps of `grid`; those that were not reached are held."""
+    tolerance = guess_tolerance(rtol, y0.dtype)
+    with jax.default_matmul_precision("highest"):
+        # What the field closes over becomes an argument.
+        ode = eqx.filter_closure_convert(ode, grid.tprev[0], y0)
+
+        def solve(ode, grid, y0):
+            t0, t1, dt0 = grid.tprev[0], grid.tnext[-1], grid.tnext[0] - grid.tprev[0]
+            most = most_attempts(grid.num_steps)
+            # The ends of a long step may be right by themselves, and nothing between.
+            fewest = min(FEWEST_GUESS_STEPS, grid.num_steps)
+            solution = solve_adaptively(
+                ode, t0, t1, dt0, y0, tolerance, is_stiff, most, fewest
+            )
+            return solution(grid.tnext)
+
+        return without_checks(solve)(ode, grid, y0)
+
+
+def solve_adaptively(
+    ode: Callable[[Any, State], State],
+    t0,
+    t1,
+    dt0,
+    y0: State,
+    rtol: float,
+    is_stiff: bool,
+    most: int,
+    fewest: int,
+    step_ts: Float[Array, " times"] | None = None,
+) -> AdaptiveSolution:
+    """In at least `fewest` steps, of which `most` may be tried, some of which end at
+    `step_ts`.
 
     Steps and their lengths are Diffrax's. The loop over them is not: it compiles in
     half of the time of `diffrax.diffeqsolve` (0.4 s in place of 0.9; JAX 0.12).
     """
-    tolerance = guess_tolerance(rtol, y0.dtype, is_stiff)
-    with jax.default_matmul_precision("highest"):
-        # What the field closes over becomes an argument.
-        ode = eqx.filter_closure_convert(ode, grid.tprev[0], y0)
-        solve = lambda ode, grid, y0: _solve(ode, grid, y0, tolerance, is_stiff)
-        return without_checks(solve)(ode, grid, y0)
-
-
-def _solve(ode, grid: Grid, y0: State, rtol: float, is_stiff: bool) -> Trajectory:
-    t0, t1 = grid.tprev[0], grid.tnext[-1]
     largest = jnp.max(jnp.abs(y0), initial=0)
     atol = GUESS_ATOL * rtol * jnp.where(largest > 0, largest, 1)
-    solver = _solver(is_stiff, rtol, atol)
-    # The ends of a long step may be right by themselves, and nothing between them.
-    fewest = min(FEWEST_GUESS_STEPS, grid.num_steps)
+    solver = _loose_solver(is_stiff, rtol, atol)
     controller = diffrax.PIDController(rtol=rtol, atol=atol, dtmax=(t1 - t0) / fewest)
+    if step_ts is not None:
+        controller = diffrax.ClipStepSizeController(controller, step_ts)
     term = diffrax.ODETerm(lambda t, y, args: ode(t, y))
-    dt0, most = grid.tnext[0] - t0, most_attempts(grid.num_steps)
-    end = _make_steps(term, solver, controller, t0, t1, dt0, y0, most)
-
-    def at(t):
-        index = jnp.searchsorted(end.ts, t)
-        index = jnp.clip(index, 0, jnp.maximum(end.num_accepted - 1, 0))
-        start = jnp.where(index > 0, end.ts[index - 1], t0)
-        info = jtu.tree_map(lambda x: x[index], end.infos)
-        return solver.interpolation_cls(t0=start, t1=end.ts[index], **info).evaluate(t)
-
-    ys = jax.vmap(at)(grid.tnext)
-    was_reached = (grid.tnext <= end.tprev) & (end.num_accepted > 0)
-    return hold_last_good(y0, ys, is_reasonable(ys) & was_reached)
-
-
-def _make_steps(term, solver, controller, t0, t1, dt0, y0: State, most: int):
-    """Adaptive steps from `t0` to `t1`, of which `most` may be tried: a `_Stepping`."""
+    dt0 = jnp.asarray(dt0, t1.dtype)
     order = solver.error_order(term)
+    tnext, controller_state = controller.init(
+        term, t0, t1, y0, dt0, None, solver.func, order
+    )
+    end = adaptive_steps(
+        *(solver, term, y0, None, controller, controller_state),
+        *(t0, tnext, t1, order, most),
+        has_infos=True,
+    )
+    return AdaptiveSolution(
+        t0=t0,
+        y0=y0,
+        reached=end.tprev,
+        num_attempts=end.num_attempts,
+        num_accepted=end.num_accepted,
+        ts=end.ends,
+        _infos=end.infos,
+        _interpolation_cls=solver.interpolation_cls,
+    )
 
-    def is_running(now: _Stepping):
-        return (now.tprev < t1) & (now.num_attempts < most)
 
-    def attempt(now: _Stepping):
-        y1, error, info, solver_state, result = solver.step(
-            term, now.tprev, now.tnext, now.y, None, now.solver_state, made_jump=False
+def adaptive_steps(
+    solver: diffrax.AbstractSolver,
+    terms: Any,
+    y0: Y,
+    args: Args,
+    controller: diffrax.AbstractStepSizeController,
+    controller_state: Any,
+    t0,
+    tnext,
+    t1,
+    order: Any,
+    most: int,
+    has_infos: bool,
+) -> Stepping:
+    """Adaptive steps from `t0` to `t1`, of which the first one to `tnext` and at most
+    `most` are tried. Each is made from rest, as when all are made at once. Explicit
+    stages are written out: on a CPU solves by `Dopri8` took 0.4 to 0.9 times as long
+    without Diffrax's loop over them (JAX 0.12).
+    """
+    size = jnp.maximum(jnp.abs(t0), jnp.abs(t1))
+    # As Diffrax has it: a shorter step could not be interpolated.
+    floor = t1 - SNAPPED_UNITS * float(jnp.finfo(t1.dtype).eps) * size
+
+    def is_running(now: Stepping):
+        # Where the solution blows up, steps become too short to advance at all.
+        advances = (now.tprev < now.tnext) | (now.num_attempts == 0)
+        advances = advances & (now.tprev < t1)
+        return advances & (now.num_attempts < most) & ~now.is_too_short
+
+    def attempt(now: Stepping):
+        y1, error, info, result = one_step(
+            solver, terms, now.tprev, now.tnext, now.y, args
         )
         # An error estimate from what overflows would be no number, and stay so.
-        is_finite = jnp.all(jnp.isfinite(y1) & jnp.isfinite(error))
-        fine = is_finite & (result == diffrax.RESULTS.successful)
-        y1, error = jnp.where(fine, y1, now.y), jnp.where(fine, error, jnp.inf)
-        return y1, error, info, solver_state
-
-    def step(now: _Stepping) -> _Stepping:
-        y1, error, info, solver_state = attempt(now)
-        keep, tprev, tnext, _, controller_state, _ = controller.adapt_step_size(
-            now.tprev, now.tnext, now.y, y1, None, error, order, now.controller_state
+        leaves = jtu.tree_leaves((y1, error))
+        is_finite = ft.reduce(
+            jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in leaves], True
         )
+        fine = is_finite & (result == diffrax.RESULTS.successful)
+        y1 = select(fine, y1, now.y)
+        error = jtu.tree_map(lambda e: jnp.where(fine, e, jnp.inf), error)
+        return y1, error, info if has_infos else None
+
+    def step(now: Stepping) -> Stepping:
+        y1, error, info = attempt(now)
+        keep, tprev, tnext, _, controller_state, result = controller.adapt_step_size(
+            *(now.tprev, now.tnext, now.y, y1, args, error, order),
+            now.controller_state,
+        )
+        half = tprev + (t1 - tprev) / 2
+        tnext = jnp.where(tnext > floor, jnp.where(keep, t1, half), tnext)
+        tprev = jnp.where(keep & (now.tnext > floor), t1, tprev)
         # Members of a batch that have ended stay as they are. Not all by the loop: it
         # would copy all that is stored, in each turn.
         goes_on = is_running(now)
         keep = keep & goes_on
+        # A step of one unit of rounding that is rejected would be tried for ever.
+        is_stuck = ~keep & goes_on & (tnext <= nextafter(nextafter(now.tprev)))
         # Beyond the end nothing is stored.
         index = jnp.where(keep, now.num_accepted, most)
         store = lambda all, one: all.at[index].set(one, mode="drop")
-        return _Stepping(
+        return Stepping(
             num_attempts=now.num_attempts + jnp.where(goes_on, 1, 0),
             num_accepted=now.num_accepted + jnp.where(keep, 1, 0),
-            tprev=jnp.where(goes_on, jnp.minimum(tprev, t1), now.tprev),
-            tnext=jnp.where(goes_on, jnp.minimum(tnext, t1), now.tnext),
-            y=jnp.where(keep, y1, now.y),
-            solver_state=select(keep, solver_state, now.solver_state),
+            tprev=jnp.where(goes_on, tprev, now.tprev),
+            tnext=jnp.where(goes_on, tnext, now.tnext),
+            y=select(keep, y1, now.y),
             controller_state=select(goes_on, controller_state, now.controller_state),
-            ts=store(now.ts, now.tnext),
+            is_too_short=now.is_too_short
+            | (goes_on & (is_stuck | (result != diffrax.RESULTS.successful))),
+            starts=store(now.starts, now.tprev),
+            ends=store(now.ends, jnp.where(now.tnext > floor, t1, now.tnext)),
             infos=jtu.tree_map(store, now.infos, info),
         )
 
-    tnext, controller_state = controller.init(
-        term, t0, t1, y0, dt0, None, solver.func, order
-    )
-    zero = jnp.asarray(0, jnp.int32)
-    begin = _Stepping(
+    zero, no = jnp.asarray(0, jnp.int32), jnp.asarray(False)
+    nowhere = jnp.full(most, jnp.inf, t0.dtype)
+    begin = Stepping(
         num_attempts=zero,
         num_accepted=zero,
         tprev=t0,
-        tnext=jnp.minimum(tnext, t1),
+        tnext=jnp.where(tnext > floor, t1, tnext),
         y=y0,
-        solver_state=solver.init(term, t0, tnext, y0, None),
-        controller_state=controller_state,
-        ts=jnp.full(most, jnp.inf, t0.dtype),
+        controller_state=jtu.tree_map(jnp.asarray, controller_state),
+        is_too_short=no,
+        starts=nowhere,
+        ends=nowhere,
         infos=None,
     )
-    info = jax.eval_shape(attempt, begin)[2]
+    info = jax.eval_shape(lambda now: attempt(now)[2], begin)
     infos = jtu.tree_map(lambda x: jnp.zeros((most, *x.shape), x.dtype), info)
     return lax.while_loop(
         lambda now: unvmap_any(is_running(now)), step, begin._replace(infos=infos)

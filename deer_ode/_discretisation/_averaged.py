@@ -20,8 +20,8 @@ from ._adaptive import guess_field
 from ._base import Grid
 from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
 from ._hermite import HermiteInterpolation
+from ._one_step import tracing_steps
 from ._phi import phi_functions
-from ._step_map import tracing_steps
 
 
 class _AveragedRecurrence(AbstractEquationRecurrence):

@@ -15,6 +15,8 @@ class Grid(eqx.Module):
     tprev: Float[Array, " steps"]
     tnext: Float[Array, " steps"]
     active: Bool[Array, " steps"]
+    is_full: bool = eqx.field(static=True, default=False)
+    """Whether it is known while tracing that there is no padding."""
 
     @property
     def num_steps(self) -> int:
@@ -32,7 +34,7 @@ class Grid(eqx.Module):
     @classmethod
     def from_points(cls, ts: Float[Array, " points"]) -> "Grid":
         """A grid without padding through all of `ts`."""
-        return cls(ts[:-1], ts[1:], jnp.ones(ts.shape[0] - 1, bool))
+        return cls(ts[:-1], ts[1:], jnp.ones(ts.shape[0] - 1, bool), True)
 
     def coarsen(self, every: int) -> "Grid":
         """`every` steps at once; the last coarse step may span fewer."""

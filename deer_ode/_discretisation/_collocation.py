@@ -31,7 +31,7 @@ from ._base import Grid
 from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
 from ._hermite import fraction_of_step
 from ._implicit_terms import implicit_residual
-from ._step_map import tracing_steps
+from ._one_step import tracing_steps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

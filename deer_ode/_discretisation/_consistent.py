@@ -18,7 +18,7 @@ from .._custom_types import Args, State, Y
 from .._misc import StateFlattener
 from .._programs import without_checks
 from ._implicit_terms import AbstractImplicitTerm
-from ._step_map import tracing_steps
+from ._one_step import tracing_steps
 
 
 # Enough for systems of index 3: the equation and two of its derivatives.

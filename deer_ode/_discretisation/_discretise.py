@@ -32,6 +32,10 @@ class Discretised(NamedTuple):
         recurrence = self.recurrence.until(num_steps)
         return self._replace(recurrence=recurrence, grid=self.grid.until(num_steps))
 
+    def on(self, grid: Grid) -> "Discretised":
+        """The same equation on another grid of as many steps, without noise."""
+        return self._replace(recurrence=self.recurrence.on(grid), grid=grid)
+
     @property
     def has_draws(self) -> bool:
         """Whether steps are given increments of Brownian paths."""
@@ -90,8 +94,11 @@ def discretise(
     """Steps that are equations are solved as such, all others as maps. `is_checked` is
     whether Brownian paths say so if they are asked beyond their end.
     """
+    is_full = grid.is_full
+    # Not kept: a grid of the same recurrence may have padding later on.
+    grid = Grid(grid.tprev, grid.tnext, grid.active)
     if isinstance(solver, AbstractEquationSolver):
         recurrence = solver.recurrence(terms, grid, y0, args)
     else:
-        recurrence = StepMap(solver, terms, grid, y0, args, is_checked)
+        recurrence = StepMap(solver, terms, grid, y0, args, is_checked, is_full)
     return Discretised(recurrence, solver, terms, grid, y0, args)

@@ -41,7 +41,7 @@ from .._programs import without_checks
 from .._recurrence import AbstractRecurrence, Linearised, arbitrary_signs, cut
 from ._adaptive import adaptive_trajectory
 from ._base import Grid
-from ._step_map import tracing_steps
+from ._one_step import tracing_steps
 from ._steps import Steps
 
 
@@ -177,6 +177,10 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return self.grid.num_steps
 
     @property
+    def num_active(self):
+        return self.grid.num_active
+
+    @property
     def eps(self):
         return self.flattener.eps * (self.y0.shape[0] // max(self.flattener.size, 1))
 
@@ -184,8 +188,11 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         grid = cut(self.grid, start, length)
         return eqx.tree_at(lambda r: (r.y0, r.grid), self, (y0, grid))
 
+    def on(self, grid: Grid) -> "AbstractEquationRecurrence":
+        return eqx.tree_at(lambda r: r.grid, self, grid)
+
     def until(self, num_steps):
-        return eqx.tree_at(lambda r: r.grid, self, self.grid.until(num_steps))
+        return self.on(self.grid.until(num_steps))
 
     @abc.abstractmethod
     def evaluate(self, ys: Trajectory) -> Trajectory:

@@ -33,7 +33,7 @@ from ._equations import (
 )
 from ._explicit_rk import explicit_rk_step
 from ._hermite import HermiteInterpolation
-from ._step_map import tracing_steps
+from ._one_step import tracing_steps
 
 
 Jacobians = tuple[Float[Array, "steps state state"], ...]

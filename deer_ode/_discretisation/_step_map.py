@@ -4,7 +4,6 @@ $y_i = \Phi(t_{i-1}, t_i, y_{i-1})$, where $\Phi$ is one step of the solver from
 nothing but the state passes from step to step, so all steps can be taken at once.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,108 +27,19 @@ from .._misc import (
     previous_states,
     without_gradient,
 )
-from .._plan import shares_jacobian
+from .._plan import STRETCH, shares_jacobian
 from .._programs import without_checks
 from .._recurrence import AbstractMapRecurrence
 from ._adaptive import adaptive_trajectory, guess_field
 from ._base import Grid
-from ._explicit_rk import (
-    DEGREE,
-    SimplifiedStep,
-    explicit_rk_step,
-    half_way,
-    is_explicit_rk,
-)
+from ._explicit_rk import DEGREE, SimplifiedStep, half_way, is_explicit_rk
 from ._exponential import AbstractExponentialRosenbrock
 from ._increments import Draw, record_draw
+from ._one_step import innermost, one_step, tracing_steps
 
-
-# These keep a state between steps, but compute the same from nothing when told that
-# there was a jump.
-_RESTARTABLE = (
-    diffrax.AbstractRungeKutta,
-    diffrax.AbstractSRK,
-    diffrax.AbstractFosterLangevinSRK,
-)
 
 # Solvers of stiff equations, which explicit steps cannot guess.
 _STIFF = (diffrax.AbstractImplicitSolver, AbstractExponentialRosenbrock)
-
-
-def _wrapped_solver(solver) -> diffrax.AbstractSolver | None:
-    """The solver inside `HalfSolver` and its like."""
-    inner = getattr(solver, "solver", None)
-    return inner if isinstance(inner, diffrax.AbstractSolver) else None
-
-
-def _innermost(solver: diffrax.AbstractSolver) -> diffrax.AbstractSolver:
-    while (inner := _wrapped_solver(solver)) is not None:
-        solver = inner
-    return solver
-
-
-def check_one_step(solver: diffrax.AbstractSolver) -> None:
-    """Refuses the solvers whose steps depend on more than the state before them."""
-    inner = _wrapped_solver(solver)
-    if inner is not None:
-        check_one_step(inner)
-    elif isinstance(solver, diffrax.LeapfrogMidpoint | diffrax.ReversibleHeun):
-        raise ValueError(
-            f"`{type(solver).__name__}` carries memory from step to step, so its steps "
-            "cannot be solved for in parallel: taken as a one-step method it gives "
-            "wrong answers. Use a one-step solver, for example `diffrax.Midpoint()` or "
-            "`diffrax.Heun()`."
-        )
-
-
-def _check_stateless(solver, state) -> None:
-    inner = _wrapped_solver(solver)
-    if inner is not None:
-        _check_stateless(inner, state)
-    elif not isinstance(solver, _RESTARTABLE) and len(jtu.tree_leaves(state)) > 0:
-        raise ValueError(
-            f"`{type(solver).__name__}` has a solver state, and is not known to "
-            "restart from none: if its steps depend on more than the state before them "
-            "they cannot be solved for in parallel. Use one of Diffrax's one-step "
-            "solvers."
-        )
-
-
-def _with_differentiable_loops(solver):
-    """Diffrax's default stage loops have no forward mode; these have both."""
-    inner = _wrapped_solver(solver)
-    if inner is not None:
-        inner = _with_differentiable_loops(inner)
-        return eqx.tree_at(lambda s: s.solver, solver, inner)
-    if isinstance(solver, diffrax.AbstractRungeKutta):
-        kind = "bounded"
-    elif isinstance(solver, diffrax.AbstractSRK):
-        kind = "lax"  # a scan already, which goes both ways
-    else:
-        return solver
-    return eqx.tree_at(lambda s: s.scan_kind, solver, kind, is_leaf=lambda x: x is None)
-
-
-def tracing_steps() -> contextlib.AbstractContextManager:
-    """How the steps of a solve are traced: at full precision of products."""
-    return jax.default_matmul_precision("highest")
-
-
-def one_step(solver: diffrax.AbstractSolver, terms, t0, t1, y0: Y, args: Args):
-    """One step from rest: `(y1, y_error, dense_info, result)`."""
-    if is_explicit_rk(solver):
-        y1, y_error, dense_info = explicit_rk_step(solver, terms, t0, t1, y0, args)
-        return y1, y_error, dense_info, diffrax.RESULTS.successful
-    solver = _with_differentiable_loops(solver)
-    state = solver.init(terms, t0, t1, y0, args)
-    _check_stateless(solver, state)
-    # `init` evaluates the state of these. (After a jump Diffrax 0.7.2 evaluates it
-    # again, and fails for `QUICSORT`, which has none.)
-    made_jump = not isinstance(_innermost(solver), diffrax.AbstractFosterLangevinSRK)
-    y1, y_error, dense_info, _, result = solver.step(
-        terms, t0, t1, y0, args, state, made_jump=made_jump
-    )
-    return y1, y_error, dense_info, result
 
 
 class StepInputs(NamedTuple):
@@ -148,6 +58,16 @@ def times_of(x: Grid, first: Grid):
     """
     select = lambda a, b: jnp.where(x.active, a, b)
     return select(x.tprev, first.tprev), select(x.tnext, first.tnext)
+
+
+class _Step(eqx.Module):
+    """`(y, x)` to the next state. Padding evaluates the first step."""
+
+    step: Callable[[State, StepInputs, Grid], State]
+    first: Grid
+
+    def __call__(self, y: State, x: StepInputs) -> State:
+        return self.step(y, x, self.first)
 
 
 class StepMap(AbstractMapRecurrence):
@@ -172,6 +92,9 @@ class StepMap(AbstractMapRecurrence):
     is_explicit: bool = eqx.field(static=True)
     is_stiff: bool = eqx.field(static=True)
     """Whether the solver is one for stiff equations."""
+    solves_equations: bool = eqx.field(static=True)
+    is_full: bool = eqx.field(static=True)
+    """Whether there is no padding, as is known while tracing."""
 
     def __init__(
         self,
@@ -181,19 +104,21 @@ class StepMap(AbstractMapRecurrence):
         y0: Y,
         args: Args,
         is_checked: bool = True,
+        is_full: bool = False,
     ):
+        self.is_full = is_full
         self.flattener = flattener = StateFlattener(y0)
         flat_y0 = flattener.flatten(y0)
         first = jtu.tree_map(lambda x: x[0], grid)
 
-        def step_with(terms, y, x):
+        def step_with(terms, y, x, first=first):
             t0, t1 = times_of(x, first)
             return one_step(solver, terms, t0, t1, flattener.unflatten(y), args)
 
-        def step(y, x):
+        def step(y, x, first):
             select = lambda a, b: jnp.where(x.grid.active, a, b)
             terms_now = draw.use(terms, x.increments)
-            y1, _, _, _ = step_with(terms_now, select(y, flat_y0), x.grid)
+            y1, _, _, _ = step_with(terms_now, select(y, flat_y0), x.grid, first)
             return select(flattener.flatten(y1), y)
 
         def half_way_through(y, x):
@@ -222,19 +147,25 @@ class StepMap(AbstractMapRecurrence):
             draw_all = draw_all if is_checked else without_checks(draw_all)
             self.xs = StepInputs(grid, draw_all(grid))
             x = jtu.tree_map(lambda x: x[0], self.xs)
-            self.f = eqx.filter_closure_convert(step, flat_y0, x)
+            self.f = _Step(eqx.filter_closure_convert(step, flat_y0, x, first), first)
         # Traced only where they are used: for saves, and for guesses and iterations,
         # whose derivatives nobody asks for.
         self.with_info, self.between = with_info, between
         self.half_way, self.num_stages = None, 1
         self.ode = guess_field(terms, args, flattener)
-        self.is_stiff = isinstance(_innermost(solver), _STIFF)
+        self.is_stiff = isinstance(innermost(solver), _STIFF)
         if is_explicit_rk(solver):
             self.half_way = half_way_through
             self.num_stages = solver.tableau.num_stages  # pyright: ignore
         self.y0 = flat_y0
         self.harmless = (flat_y0, x)
         self.is_explicit = is_explicit_rk(solver)
+        implicit = diffrax.AbstractImplicitSolver
+        self.solves_equations = isinstance(innermost(solver), implicit)
+
+    @property
+    def num_active(self):
+        return self.xs.grid.num_active
 
     @property
     def eps(self):
@@ -255,7 +186,7 @@ class StepMap(AbstractMapRecurrence):
 
     def cause_of_failure(self):
         cause = super().cause_of_failure()
-        otherwise = NOT_CONVERGED if self.is_explicit else NO_SOLUTION
+        otherwise = NO_SOLUTION if self.solves_equations else NOT_CONVERGED
         return jnp.where(cause == NOT_CONVERGED, otherwise, cause).astype(jnp.int32)
 
     def loop(self):
@@ -266,7 +197,19 @@ class StepMap(AbstractMapRecurrence):
             y = step(y, x)
             return y, y
 
-        return lax.scan(take, self.y0, self.xs)[1]
+        num_steps, size = self.num_steps, STRETCH
+        if self.is_full or num_steps <= size:
+            return lax.scan(take, self.y0, self.xs)[1]
+
+        def take_stretch(y, xs):
+            hold = lambda: (y, jnp.broadcast_to(y, (size, *y.shape)))
+            # What is padding only costs nothing, unless a batch is not.
+            return lax.cond(xs.grid.active[0], lambda: lax.scan(take, y, xs), hold)
+
+        padded = self.padded(num_steps + -num_steps % size)
+        split = lambda x: x.reshape(-1, size, *x.shape[1:])
+        _, ys = lax.scan(take_stretch, self.y0, jtu.tree_map(split, padded.xs))
+        return ys.reshape(-1, *self.y0.shape)[:num_steps]
 
     def _harmless(self, ys) -> tuple[Trajectory, Mask, Trajectory, StepInputs]:
         """Values, and where each step may be differentiated.
@@ -297,6 +240,15 @@ class StepMap(AbstractMapRecurrence):
             jnp.concatenate([grid.active, jnp.zeros(count, bool)]),
         )
         return eqx.tree_at(lambda r: r.xs.grid, padded, grid)
+
+    def on(self, grid: Grid) -> "StepMap":
+        """Without noise: increments of Brownian paths are those of the grid before."""
+        first = jtu.tree_map(lambda x: x[0], grid)
+        return eqx.tree_at(
+            lambda r: (r.xs.grid, r.harmless[1].grid, r.f.first),
+            self,
+            (grid, first, first),
+        )
 
     def until(self, num_steps):
         return eqx.tree_at(lambda r: r.xs.grid, self, self.xs.grid.until(num_steps))

@@ -12,7 +12,8 @@ from jaxtyping import Array, PyTree
 from .._custom_types import Args, Trajectory, Y
 from .._misc import StateFlattener, previous_states
 from .._plan import steps_at_a_time
-from ._step_map import StepMap, one_step, times_of, tracing_steps
+from ._one_step import one_step, tracing_steps
+from ._step_map import StepMap, times_of
 
 
 class Steps(NamedTuple):

@@ -1,0 +1,302 @@
+r"""Meshes for a tolerance: the controller, and the division of steps.
+
+With error estimates $e_i$, in units of the tolerance, the steps of a mesh should be
+
+$$h_i \leftarrow 0.9 \, e_i^{-1/p} \, h_i$$
+
+long. Between points that are kept, parts of steps add up to new steps.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import optimistix as optx
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ._custom_types import Mask
+from ._discretisation import Grid
+from ._foreign import nextafter, prevbefore
+
+
+# By how much the steps of the first mesh grow or shrink per unit of time: a step is at
+# most half as long again as the one beside it.
+_GROWTH = 0.5
+
+# The loosest relative tolerance that is aimed at. On a coarser mesh the solution's fast
+# phases lie elsewhere than in the loose solve: with 1e-3 Van der Pol's oscillator
+# (mu = 5) and Kepler's orbit (e = 0.9) took 9 and 7 meshes, with 1e-4 two (JAX 0.12).
+_LOOSEST = 1e-4
+
+
+def _sorted_times(ts: Any) -> Any:
+    if ts is None:
+        return None
+    ts = jnp.asarray(ts)
+    is_float = jnp.issubdtype(ts.dtype, jnp.floating)
+    return jnp.sort(ts if is_float else ts.astype(float))
+
+
+class MeshRefinement(diffrax.AbstractAdaptiveStepSizeController):
+    r"""Chooses all steps for a tolerance at once, for parallel solves.
+
+    What `diffrax.PIDController` is for sequential steps. Where the method iterates (on
+    accelerators, by [`deer_ode.Newton`][], with [`deer_ode.Obreshkov`][]) all steps are
+    chosen and solved for together, and a step is accepted when
+
+    $$\left\| \frac{e}{\text{atol} + \text{rtol} \, \max(|y_{i-1}|, |y_i|)} \right\|
+    \le 1,$$
+
+    with the base solver's own error estimate $e$. In [`deer_ode.diffeqsolve`][] and
+    with [`deer_ode.ParallelAdjoint`][] a `PIDController`, or a
+    `ClipStepSizeController` around one, is translated to this by itself; its
+    coefficients `pcoeff`, `icoeff`, `dcoeff`, `factormin`, `factormax`, and `dt0`, have
+    no meaning there. Stochastic equations are not solved to a tolerance in parallel.
+
+    Where steps are sequential (by default on a CPU, where that is faster) they are
+    those of Diffrax, by any of its controllers, for stochastic equations as well; this
+    one is a `PIDController` there, as it is under any other adjoint. An infinite `t1`
+    is refused.
+
+    Derivatives are those of the solution on the mesh, which is held fixed.
+
+    Costs one adaptive solve to a relative tolerance of 1e-6 (100 to 300 sequential
+    steps, however tight the tolerance is; [`deer_ode.Adaptive`][]), two error estimates
+    of all steps, and a parallel solve for each mesh: one or two at most on the usual
+    test problems. Relative tolerances above 1e-4 are met by meshes for 1e-4: coarser
+    ones cannot be guessed from the loose solve.
+
+    `max_steps` is the room for steps. Outside of JAX's transformations it follows by
+    itself, in powers of two; within `jit`, `grad` and `vmap` it is Diffrax's 4096
+    unless given, and `RESULTS.max_steps_reached` says where that is not enough. `stats`
+    also hold `num_meshes`, how many were solved; `num_mesh_steps`, how many steps the
+    last one should have had, at least; and `num_guess_steps`, the sequential steps that
+    were tried.
+
+    !!! example
+
+        >>> import diffrax
+        >>> import jax.numpy as jnp
+        >>> from deer_ode import DEER, MeshRefinement, diffeqsolve
+        >>> decay = diffrax.ODETerm(lambda t, y, args: -y)
+        >>> tight = MeshRefinement(rtol=1e-8, atol=1e-10)
+        >>> solver, y0 = DEER(diffrax.Tsit5()), jnp.array(1.0)
+        >>> sol = diffeqsolve(decay, solver, 0, 1, None, y0, stepsize_controller=tight)
+        >>> round(float(sol.ys[0]), 6), int(sol.stats["num_meshes"])
+        (0.367879, 1)
+
+    ??? cite "References"
+
+        de Boor (1974), *Good approximation by splines with variable knots II*, for
+        meshes that distribute the error equally.
+
+        Ascher, Mattheij, Russell (1995), *Numerical Solution of Boundary Value Problems
+        for Ordinary Differential Equations*, section 9.1, for mesh selection.
+    """
+
+    rtol: Any
+    atol: Any
+    norm: Callable[[PyTree], Any] = optx.rms_norm
+    dtmin: Any = None
+    dtmax: Any = None
+    force_dtmin: bool = True
+    safety: Any = 0.9
+    error_order: Any = None
+    step_ts: Any = eqx.field(converter=_sorted_times, default=None)
+    jump_ts: Any = eqx.field(converter=_sorted_times, default=None)
+    max_refinements: int = eqx.field(static=True, default=20)
+
+    def _sequential(self) -> Any:
+        """The same for sequential steps."""
+        pid = diffrax.PIDController(
+            rtol=self.rtol,
+            atol=self.atol,
+            norm=self.norm,
+            dtmin=self.dtmin,
+            dtmax=self.dtmax,
+            force_dtmin=self.force_dtmin,
+            safety=self.safety,
+            error_order=self.error_order,
+        )
+        if self.step_ts is None and self.jump_ts is None:
+            return pid
+        return diffrax.ClipStepSizeController(pid, self.step_ts, self.jump_ts)
+
+    def wrap(self, direction):
+        turn = lambda ts: None if ts is None else jnp.sort(ts * direction)
+        return eqx.tree_at(
+            lambda c: (c.step_ts, c.jump_ts),
+            self,
+            (turn(self.step_ts), turn(self.jump_ts)),
+            is_leaf=lambda x: x is None,
+        )
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return self._sequential().init(terms, t0, t1, y0, dt0, args, func, error_order)
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        return self._sequential().adapt_step_size(
+            t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+        )
+
+
+MeshRefinement.__init__.__doc__ = """**Arguments:**
+
+- `rtol`, `atol`: the relative tolerance, and the absolute one in units of the state.
+- `norm`: how the scaled error of one step becomes one number.
+- `dtmin`, `dtmax`: the shortest and the longest step, in units of time; by default any.
+- `force_dtmin`: whether a step of `dtmin` is accepted whatever its error. If `False`
+    such a solve fails with `RESULTS.dt_min_reached`.
+- `safety`: how much shorter than the error estimate allows steps are.
+- `error_order`: the order of the error estimate; by default the base solver's.
+- `step_ts`: times at which a step has to end.
+- `jump_ts`: times at which, moreover, the vector field may jump.
+- `max_refinements`: how often the mesh is refined after it was solved. What is then
+    still not accurate is a failure, `RESULTS.dt_min_reached`.
+"""
+
+
+def as_mesh_refinement(
+    controller: diffrax.AbstractStepSizeController,
+) -> MeshRefinement | None:
+    """The same tolerance as a mesh; `None` for controllers of any other kind."""
+    if isinstance(controller, MeshRefinement):
+        return controller
+    if isinstance(controller, diffrax.ClipStepSizeController):
+        inner = as_mesh_refinement(controller.controller)
+        if inner is None:
+            return None
+        both = lambda a, b: a if b is None else b if a is None else jnp.append(a, b)
+        step_ts = both(inner.step_ts, controller.step_ts)
+        jump_ts = both(inner.jump_ts, controller.jump_ts)
+        return dataclasses.replace(inner, step_ts=step_ts, jump_ts=jump_ts)
+    if type(controller) is not diffrax.PIDController:
+        return None
+    pid: Any = controller
+    return MeshRefinement(
+        rtol=pid.rtol,
+        atol=pid.atol,
+        norm=pid.norm,
+        dtmin=pid.dtmin,
+        dtmax=pid.dtmax,
+        force_dtmin=pid.force_dtmin,
+        safety=pid.safety,
+        error_order=pid.error_order,
+    )
+
+
+class Mesh(NamedTuple):
+    """Points of a mesh that grows: those after the last step repeat the end."""
+
+    points: Float[Array, " points"]
+    num_steps: Int[Array, ""]
+    """How many steps there should be; more than there is room for is cut off."""
+
+    @property
+    def capacity(self) -> int:
+        return self.points.shape[0] - 1
+
+    @property
+    def active(self) -> Mask:
+        return jnp.arange(self.capacity, dtype=jnp.int32) < self.num_steps
+
+    def grid(self, jump_ts: Float[Array, " jumps"] | None) -> Grid:
+        tprev, tnext = self.points[:-1], self.points[1:]
+        if jump_ts is not None:
+            # The field is evaluated on the step's own side.
+            jump_ts, end = jump_ts.astype(tprev.dtype), self.points[-1]
+            is_jump = lambda ts: _is_among(ts, jump_ts) & (ts < end)
+            tprev = jnp.where(is_jump(tprev), nextafter(tprev), tprev)
+            tnext = jnp.where(is_jump(tnext), prevbefore(tnext), tnext)
+        return Grid(tprev, tnext, self.active)
+
+
+def _is_among(
+    ts: Float[Array, " times"], those: Float[Array, " others"]
+) -> Bool[Array, " times"]:
+    """Which of `ts` are one of `those`, which ascend."""
+    if those.shape[0] == 0:
+        return jnp.zeros(ts.shape, bool)
+    index = jnp.clip(jnp.searchsorted(those, ts), 0, those.shape[0] - 1)
+    return those[index] == ts
+
+
+def redistribute(
+    points: Float[Array, " points"],
+    parts: Float[Array, " steps"],
+    fixed: Float[Array, " fixed"],
+    capacity: int,
+) -> Mesh:
+    """Divides each step into so many `parts`, which need not be whole numbers: between
+    two of the points of `fixed`, which ascend and are kept, the numbers of parts of
+    several steps add up, rounded upwards.
+    """
+    dtype, num_segments = points.dtype, fixed.shape[0] + 1
+    # What is there twice is kept once.
+    is_kept = _is_among(points[1:], fixed) & (jnp.diff(points) > 0)
+    before = jnp.concatenate([jnp.zeros(1, bool), is_kept[:-1]])
+    segment = jnp.cumsum(before, dtype=jnp.int32)
+    wanted = jax.ops.segment_sum(parts, segment, num_segments)
+    # Rounding of a sum makes no step more.
+    count = jnp.ceil(wanted * (1 - 64 * jnp.finfo(dtype).eps))
+    count = jnp.where(wanted > 0, jnp.maximum(count, 1), 0)
+    up_to = lambda x: jnp.cumsum(x) - x
+    factor = jnp.where(wanted > 0, count / jnp.where(wanted > 0, wanted, 1), 0)
+    within = (jnp.cumsum(parts) - up_to(wanted)[segment]) * factor[segment]
+    index = up_to(count)[segment] + jnp.clip(within, 0, count[segment])
+    # Exactly, so that what is kept is kept to the last digit.
+    index = jnp.where(is_kept, (up_to(count) + count)[segment], index)
+    index = lax.cummax(jnp.concatenate([jnp.zeros(1, dtype), index]))
+    total = jnp.sum(count)
+    new = jnp.minimum(jnp.arange(capacity + 1, dtype=dtype), total)
+    most = float(jnp.iinfo(jnp.int32).max)
+    return Mesh(
+        jnp.interp(new, index, points), jnp.minimum(total, most).astype(jnp.int32)
+    )
+
+
+def wanted_lengths(
+    controller: MeshRefinement,
+    points: Float[Array, " points"],
+    errors: Float[Array, " steps"],
+    order: Any,
+) -> Float[Array, " steps"]:
+    """How long the steps that replace each step should be, by its error estimate."""
+    lengths = jnp.diff(points)
+    factor = controller.safety * errors ** (-1 / order)
+    factor = jnp.clip(jnp.where(jnp.isfinite(errors), factor, 0), 0.2, 10.0)
+    wanted = lengths * factor.astype(lengths.dtype)
+    if controller.dtmax is not None:
+        wanted = jnp.minimum(wanted, controller.dtmax)
+    # Padding has no length, and limits no other.
+    limit = jnp.where(lengths > 0, wanted, jnp.inf)
+    distance = _GROWTH * (points[:-1] + lengths / 2)
+    for sign, is_reverse in ((1, False), (-1, True)):
+        reached = lax.cummin(limit - sign * distance, reverse=is_reverse)
+        limit = jnp.minimum(limit, reached + sign * distance)
+    wanted = jnp.where(lengths > 0, limit, 1)
+    if controller.dtmin is not None:
+        wanted = jnp.maximum(wanted, controller.dtmin)
+    return wanted
+
+
+def tightened(controller: MeshRefinement) -> MeshRefinement:
+    """The tolerance that is aimed at, which may be tighter than the given one."""
+    rtol = controller.rtol
+    if isinstance(rtol, int | float):
+        factor = _LOOSEST / rtol if rtol > _LOOSEST else 1.0
+    else:
+        is_loose = rtol > _LOOSEST
+        factor = jnp.where(is_loose, _LOOSEST / jnp.where(is_loose, rtol, 1), 1)
+    return eqx.tree_at(
+        lambda c: (c.rtol, c.atol),
+        controller,
+        (rtol * factor, controller.atol * factor),
+    )
