@@ -292,6 +292,15 @@ def test_terms_of_a_control():
     assert not has_one(TERM)
 
 
+def test_terms_of_a_noise():
+    path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-2, (), jax.random.key(0))
+    noise = diffrax.ControlTerm(lambda t, y, args: y, path)
+    has_one = lambda term: _foreign.has_noise(_foreign.wrap(term, 1))
+    assert has_one(noise) and has_one(diffrax.MultiTerm(TERM, noise))
+    control = diffrax.LinearInterpolation(jnp.arange(3.0), jnp.arange(3.0) ** 2)
+    assert not has_one(diffrax.ControlTerm(lambda t, y, args: -y, control))
+
+
 def test_the_adjoint_whose_loop_is_running():
     adjoint = diffrax.DirectAdjoint()
     kwargs = dict(stepsize_controller=diffrax.StepTo([0.0, 1.0]), adjoint=adjoint)
