@@ -56,7 +56,8 @@ class MeshRefinement(diffrax.AbstractAdaptiveStepSizeController):
     with [`deer_ode.ParallelAdjoint`][] a `PIDController`, or a
     `ClipStepSizeController` around one, is translated to this by itself; its
     coefficients `pcoeff`, `icoeff`, `dcoeff`, `factormin`, `factormax`, and `dt0`, have
-    no meaning there. Stochastic equations are not solved to a tolerance in parallel.
+    no meaning there. Stochastic equations are not solved to a tolerance in parallel,
+    and the steps of Diffrax's implicit solvers are chosen as below.
 
     Where steps are sequential (by default on a CPU, where that is faster) they are
     those of Diffrax, by any of its controllers, for stochastic equations as well; this

@@ -109,7 +109,11 @@ def _on_a_mesh(
     """The same equation on the mesh that meets the tolerance, and its solution."""
     controller = inputs.stepsize_controller
     order = inputs.solver.error_order(inputs.terms)
-    if method.is_sequential(discretised.recurrence, default_platform()):
+    recurrence = discretised.recurrence
+    is_sequential = method.is_sequential(recurrence, default_platform())
+    # What a root finder leaves counts as error where steps are taken from rest, and no
+    # mesh would be fine enough.
+    if is_sequential or recurrence.solves_equations:
         refined = sequential_mesh(
             *(inputs.solver.solver, inputs.terms, inputs.args, controller, order),
             *(state, jnp.asarray(inputs.t1), discretised.grid.num_steps),

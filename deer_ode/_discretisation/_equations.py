@@ -177,6 +177,10 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return self.grid.num_steps
 
     @property
+    def solves_equations(self) -> bool:
+        return False  # these are solved for all steps at once
+
+    @property
     def num_active(self):
         return self.grid.num_active
 

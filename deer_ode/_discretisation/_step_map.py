@@ -93,6 +93,7 @@ class StepMap(AbstractMapRecurrence):
     is_stiff: bool = eqx.field(static=True)
     """Whether the solver is one for stiff equations."""
     solves_equations: bool = eqx.field(static=True)
+    """Whether a step has a root finder within."""
     is_full: bool = eqx.field(static=True)
     """Whether there is no padding, as is known while tracing."""
 
