@@ -17,13 +17,11 @@ from ._discretisation import AbstractImplicitTerm, consistent_initial_values
 from ._grid import KNOWN_STEPS
 from ._misc import describe
 from ._parallel_adjoint import CountedSteps, ParallelAdjoint
+from ._plan import room_for_steps
 from ._solver import DEER
 
 
 _DIFFRAX_MAX_STEPS = 4096
-
-# Room for the steps of a mesh that follows from a tolerance.
-_MOST_ROOM = 2**20
 
 
 class _Equation(NamedTuple):
@@ -247,11 +245,8 @@ def _solve_with_room(equation: _Equation, kwargs: dict[str, Any]) -> diffrax.Sol
     """On a mesh whose number of steps follows from a tolerance: with Diffrax's default
     for `max_steps` while tracing, and otherwise with as many as it takes.
     """
-    # At first no more than some 100 MB of states, and at most 4 GiB.
     size = sum(np.size(y) for y in jtu.tree_leaves(equation.y0))
-    rows = lambda num_bytes: max(64, num_bytes // (8 * max(size, 1)))
-    first = min(_DIFFRAX_MAX_STEPS, rows(2**27))
-    most = max(first, min(_MOST_ROOM, rows(2**32)))
+    first, most = room_for_steps(size, _DIFFRAX_MAX_STEPS)
 
     def solve(max_steps: int, throw: bool) -> diffrax.Solution:
         options = kwargs | dict(max_steps=max_steps, throw=throw)

@@ -22,16 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._custom_types import Mask
 from ._discretisation import Grid
 from ._foreign import nextafter, prevbefore
-
-
-# By how much the steps of the first mesh grow or shrink per unit of time: a step is at
-# most half as long again as the one beside it.
-_GROWTH = 0.5
-
-# The loosest relative tolerance that is aimed at. On a coarser mesh the solution's fast
-# phases lie elsewhere than in the loose solve: with 1e-3 Van der Pol's oscillator
-# (mu = 5) and Kepler's orbit (e = 0.9) took 9 and 7 meshes, with 1e-4 two (JAX 0.12).
-_LOOSEST = 1e-4
+from ._plan import MESH_GROWTH, MESH_LOOSEST
 
 
 def _sorted_times(ts: Any) -> Any:
@@ -278,7 +269,7 @@ def wanted_lengths(
         wanted = jnp.minimum(wanted, controller.dtmax)
     # Padding has no length, and limits no other.
     limit = jnp.where(lengths > 0, wanted, jnp.inf)
-    distance = _GROWTH * (points[:-1] + lengths / 2)
+    distance = MESH_GROWTH * (points[:-1] + lengths / 2)
     for sign, is_reverse in ((1, False), (-1, True)):
         reached = lax.cummin(limit - sign * distance, reverse=is_reverse)
         limit = jnp.minimum(limit, reached + sign * distance)
@@ -292,10 +283,10 @@ def tightened(controller: MeshRefinement) -> MeshRefinement:
     """The tolerance that is aimed at, which may be tighter than the given one."""
     rtol = controller.rtol
     if isinstance(rtol, int | float):
-        factor = _LOOSEST / rtol if rtol > _LOOSEST else 1.0
+        factor = MESH_LOOSEST / rtol if rtol > MESH_LOOSEST else 1.0
     else:
-        is_loose = rtol > _LOOSEST
-        factor = jnp.where(is_loose, _LOOSEST / jnp.where(is_loose, rtol, 1), 1)
+        is_loose = rtol > MESH_LOOSEST
+        factor = jnp.where(is_loose, MESH_LOOSEST / jnp.where(is_loose, rtol, 1), 1)
     return eqx.tree_at(
         lambda c: (c.rtol, c.atol),
         controller,

@@ -68,6 +68,30 @@ _FEW_ATTEMPTS = 256
 # between them (JAX 0.12).
 FEWEST_GUESS_STEPS = 32
 
+# Meshes for a tolerance. Into how many candidates each step of the loose solve is cut,
+# whose order is higher; and how many there are without one. Reasoned, not measured.
+MESH_CUTS = 4
+MESH_UNIFORM = 128
+
+# By how much their steps grow or shrink per unit of time: a step is at most half as
+# long again as the one beside it. With a bound per step of the mesh before, in place of
+# one per unit of time, a jump of the field took 300 steps for 56 (JAX 0.12).
+MESH_GROWTH = 0.5
+
+# The loosest relative tolerance that is aimed at. On a coarser mesh the solution's fast
+# phases lie elsewhere than in the loose solve: with 1e-3 Van der Pol's oscillator
+# (mu = 5) and Kepler's orbit (e = 0.9) took 9 and 7 meshes, with 1e-4 two (JAX 0.12).
+MESH_LOOSEST = 1e-4
+
+# A step is not divided into more than so many at once. Reasoned, not measured.
+MESH_MOST_PARTS = 50
+
+# Room for the steps that follow from a tolerance, in states: so many bytes at first and
+# at most, and at most so many steps. Reasoned, not measured.
+_FIRST_BYTES = 2**27
+_ROOM_BYTES = 2**32
+_MOST_ROOM = 2**20
+
 # CPU: operations per second of an iteration (reasoned, 2 cores), and how many
 # iterations a solve takes. A solve that takes more than a minute is worth a warning.
 _OPERATIONS_PER_SECOND = 1e10
@@ -184,6 +208,13 @@ def guess_tolerance(rtol: float | None, dtype: Any) -> float:
     """
     rtol = _GUESS_RTOL if rtol is None else rtol
     return max(rtol, 64 * float(jnp.finfo(dtype).eps))
+
+
+def room_for_steps(state_size: int, first: int) -> tuple[int, int]:
+    """For how many steps there is room at first, if not for `first`; and at most."""
+    rows = lambda num_bytes: max(64, num_bytes // (8 * max(state_size, 1)))
+    first = min(first, rows(_FIRST_BYTES))
+    return first, max(first, min(_MOST_ROOM, rows(_ROOM_BYTES)))
 
 
 def most_attempts(num_steps: int) -> int:

@@ -34,19 +34,16 @@ from ._implicit import solve_trajectory
 from ._mesh import Mesh, MeshRefinement, redistribute, tightened, wanted_lengths
 from ._method import AbstractMethod, TrajectorySolution
 from ._misc import leading_true, previous_states, without_gradient
-from ._plan import FEWEST_GUESS_STEPS, guess_tolerance, most_attempts
+from ._plan import (
+    FEWEST_GUESS_STEPS,
+    MESH_CUTS,
+    MESH_MOST_PARTS,
+    MESH_UNIFORM,
+    guess_tolerance,
+    most_attempts,
+)
 from ._predictor import Trajectory as GivenTrajectory
 from ._programs import Program
-
-
-# Of each step of the loose solve, whose order is higher: the first candidates.
-_CUTS = 4
-
-# Without a loose solve: the steps of the first candidate.
-_UNIFORM = 128
-
-# A step is not divided into more than so many at once.
-_MOST_PARTS = 50
 
 
 def scaled_errors(
@@ -149,7 +146,7 @@ class Refinement(eqx.Module):
         with jax.default_matmul_precision("highest"):
             return solve_adaptively(
                 recurrence.ode,
-                *(t0, t1, (t1 - t0) / _UNIFORM, y0, rtol, recurrence.is_stiff),
+                *(t0, t1, (t1 - t0) / MESH_UNIFORM, y0, rtol, recurrence.is_stiff),
                 *(most, FEWEST_GUESS_STEPS),
                 self._fixed if self._has_given_times else None,
             )
@@ -172,7 +169,7 @@ class Refinement(eqx.Module):
         lengths = jnp.diff(mesh.points)
         parts = jnp.ceil(errors ** (1 / self.order) / self.controller.safety)
         parts = jnp.where(jnp.isfinite(errors), parts, 10.0)
-        parts = jnp.clip(parts, 2.0, _MOST_PARTS).astype(lengths.dtype)
+        parts = jnp.clip(parts, 2.0, MESH_MOST_PARTS).astype(lengths.dtype)
         if self.controller.dtmin is not None:
             most = jnp.ceil(lengths / self.controller.dtmin)
             parts = jnp.minimum(parts, jnp.maximum(most, 1))
@@ -185,11 +182,11 @@ class Refinement(eqx.Module):
         (t0, t1), fixed = self._ends, self._fixed
         capacity = self.discretised.grid.num_steps
         if guess is None:
-            inner = jnp.linspace(t0, t1, _UNIFORM + 1, dtype=t1.dtype)
+            inner = jnp.linspace(t0, t1, MESH_UNIFORM + 1, dtype=t1.dtype)
             cuts = 1.0
         else:
             inner = jnp.concatenate([t0[None], jnp.minimum(guess.ts, t1)])
-            cuts = float(_CUTS)
+            cuts = float(MESH_CUTS)
         points = jnp.sort(jnp.concatenate([inner, fixed]))
         # Slivers between points that differ by rounding are no steps.
         sliver = 64 * jnp.finfo(t1.dtype).eps * jnp.maximum(jnp.abs(t0), jnp.abs(t1))
