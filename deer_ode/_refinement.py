@@ -21,7 +21,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ._custom_types import Args, Mask, Trajectory
 from ._discretisation import (
-    AbstractEquationRecurrence,
     AdaptiveSolution,
     Discretised,
     Grid,
@@ -218,11 +217,14 @@ class Refinement(eqx.Module):
         mesh = self._first_mesh(guess)
         recurrence = self.discretised.recurrence
         none = jnp.asarray(0, jnp.int32)
-        if guess is None or isinstance(recurrence, AbstractEquationRecurrence):
-            # Errors are estimated from a solution of the equations only.
+        if guess is None or not recurrence.is_map:
+            # Errors of equations are estimated from a solution of them only.
             ys = None
-            if isinstance(recurrence, AbstractEquationRecurrence) and guess is not None:
-                ys = recurrence.from_states(guess(mesh.points[1:]))
+            if guess is not None:
+                states = jax.vmap(recurrence.flattener.unflatten)(
+                    guess(mesh.points[1:])
+                )
+                ys = recurrence.flatten(states)
             discretised, solution, steps, errors = self._solve(mesh, ys)
             new = self._equidistributed(mesh, errors, False)
             ys = self._between(new, discretised, solution.ys, steps)

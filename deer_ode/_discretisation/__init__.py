@@ -13,9 +13,6 @@ from ._consistent import (
     consistent_initial_values as consistent_initial_values,
 )
 from ._discretise import Discretised as Discretised, discretise as discretise
-from ._equations import (
-    AbstractEquationRecurrence as AbstractEquationRecurrence,
-)
 from ._exponential import (
     ExponentialRosenbrockEuler as ExponentialRosenbrockEuler,
     Exprb32 as Exprb32,
