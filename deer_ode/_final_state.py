@@ -36,7 +36,7 @@ def final_state(
             num_rejected = refined.num_guess_steps - num_made
     made_jump = state.made_jump
     if not isinstance(made_jump, bool):
-        made_jump = made_jump & ~(outcome.num_steps > 0)  # no controller makes jumps
+        made_jump = made_jump & ~(outcome.num_steps > 0)  # as if none ended at a jump
     return LoopState(
         y=_last_state(state, solved, outcome),
         tprev=tprev,

@@ -69,7 +69,7 @@ def guess_field(terms, args: Args, flattener: StateFlattener):
 def _loose_solver(is_stiff: bool, rtol, atol) -> diffrax.AbstractAdaptiveSolver:
     if is_stiff:
         # Not `VeryChord`, whose Jacobian is that of the start of a step: it rejected
-        # two steps in three, and took 5 to 11 times as many (JAX 0.12).
+        # every second step, and took 6 to 11 times as many (1e-4, JAX 0.12).
         return diffrax.Kvaerno5(root_finder=optx.Chord(rtol=rtol, atol=atol))
     return diffrax.Dopri8()
 
