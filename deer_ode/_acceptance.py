@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from ._affine import scan_steps
 from ._custom_types import Mask, Trajectory
-from ._misc import ROUNDING_UNITS, finite, leading_true
+from ._misc import ROUNDING_UNITS, finite, leading_true, running_max
 from ._recurrence import AbstractRecurrence, Linearised
 
 
@@ -79,10 +79,13 @@ class Acceptance(eqx.Module):
         def compare_with_rounding():
             added_up = jnp.abs(scan_steps(linearised.A, linearised.rounding))
             eps = jnp.asarray(recurrence.eps, correction.dtype)[None]
-            floor = ROUNDING_UNITS * eps * lax.cummax(finite(added_up))
+            floor = ROUNDING_UNITS * eps * running_max(finite(added_up))
             return jnp.all(jnp.abs(correction) <= jnp.maximum(bound, floor), axis=-1)
 
-        is_needed = leading_true(is_right & is_small) < leading_true(is_right)
+        # Whether the first step that fails does so by its correction alone.
+        first = leading_true(is_right & is_small)
+        last = is_right.shape[0] - 1
+        is_needed = (first <= last) & is_right[jnp.minimum(first, last)]
         at_rounding = lax.cond(is_needed, compare_with_rounding, lambda: is_small)
         return Accepted(is_right, is_small, is_right & at_rounding, error)
 

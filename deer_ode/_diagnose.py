@@ -20,7 +20,6 @@ from jaxtyping import Float, Int
 from ._custom_types import Trajectory as TrajectoryArray
 from ._diagnosis import Diagnosis, Findings, bin_ends, recommend
 from ._growth import largest_growth, log_growth
-from ._linearisation import Dense, Exact, SharedJacobian
 from ._misc import ROUNDING_UNITS, is_reasonable
 from ._newton import Newton
 from ._problem import Problem, find_problem
@@ -133,10 +132,8 @@ def _perturbation(problem: Problem, answer: TrajectoryArray) -> np.ndarray | Non
 
 def _is_exact(problem: Problem) -> bool:
     """Whether the iteration used all of the Jacobian, and the exact one."""
-    newton = problem.newton
-    if isinstance(newton.linearisation, SharedJacobian):
-        return newton.choose(problem.recurrence)[0] is problem.recurrence
-    return isinstance(newton.linearisation, Dense | Exact)
+    iterated_on, linearisation = problem.newton.choose(problem.recurrence)
+    return linearisation.is_exact and iterated_on is problem.recurrence
 
 
 def _first(mask: np.ndarray) -> int | None:

@@ -28,6 +28,8 @@ class LoopInputs(NamedTuple):
     progress_meter: diffrax.AbstractProgressMeter
     throw: bool
     known: KnownSteps | None
+    is_endless: bool
+    """Whether it is known while tracing that only an event can end the solve."""
 
     @property
     def condition_kwargs(self) -> dict[str, Any]:

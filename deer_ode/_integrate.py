@@ -16,7 +16,7 @@ from ._custom_types import Args, Y
 from ._discretisation import AbstractImplicitTerm, consistent_initial_values
 from ._grid import KNOWN_STEPS
 from ._misc import describe
-from ._parallel_adjoint import CountedSteps, ParallelAdjoint
+from ._parallel_adjoint import CountedSteps, EndlessSteps, ParallelAdjoint
 from ._plan import room_for_steps
 from ._solver import DEER
 
@@ -97,10 +97,9 @@ def diffeqsolve(
 
     - `max_steps` is the number of steps, counted from `t0`, `t1` and `dt0` (or from
         `StepTo(ts)`), so that `SaveAt(steps=True)` has no padding. A larger one costs
-        nothing but that padding where those times are Python's numbers. Where one of
-        them is not known while tracing (under `jax.jit` or `jax.vmap` over times) give
-        a bound, close to the number of steps: all of it is solved for. `None`, no
-        bound in Diffrax, is the same as not to give it. Of a solve that goes on from
+        that padding alone. Where one of those times is not known while tracing (under
+        `jax.jit` or `jax.vmap` over times) it is Diffrax's 4096. `None`, no bound in
+        Diffrax, is the same as not to give it. Of a solve that goes on from
         the `controller_state` of another, the steps after the first end where that
         one's grid would have its ends; so they are counted if that state is known while
         tracing. Where it is not they are counted by `dt0`, and `max_steps_reached` says
@@ -212,8 +211,9 @@ def _solve(equation: _Equation, adjoint, max_steps, kwargs: dict[str, Any]):
     if max_steps == "counted":
         max_steps = None
     if not isinstance(kwargs["stepsize_controller"], KNOWN_STEPS):
-        kwargs["adjoint"] = ParallelAdjoint()
-        _check_end(equation)
+        is_endless = _is_endless(equation.t0, equation.t1)
+        adjoint = EndlessSteps() if is_endless else ParallelAdjoint()
+        kwargs["adjoint"] = adjoint
         if max_steps is None:
             return _solve_with_room(equation, kwargs)
     bound, known = _count(equation, max_steps, kwargs)
@@ -225,16 +225,6 @@ def _solve(equation: _Equation, adjoint, max_steps, kwargs: dict[str, Any]):
     return _with_checked_fields(equation, kwargs)
 
 
-def _check_end(equation: _Equation) -> None:
-    if _is_endless(equation.t0, equation.t1):
-        raise ValueError(
-            "To solve for a tolerance in parallel the interval needs an end; got t0="
-            f"{equation.t0}, t1={equation.t1}. Give a `t1` beyond the event, or solve "
-            "window by window with `DEER(..., num_substeps=...)` in "
-            "`diffrax.diffeqsolve`."
-        )
-
-
 def _is_traced(equation: _Equation) -> bool:
     """Whether numbers are not known yet, as far as it can be seen."""
     leaves = [jnp.zeros(()), *jtu.tree_leaves(equation)]
@@ -243,7 +233,7 @@ def _is_traced(equation: _Equation) -> bool:
 
 def _solve_with_room(equation: _Equation, kwargs: dict[str, Any]) -> diffrax.Solution:
     """On a mesh whose number of steps follows from a tolerance: with Diffrax's default
-    for `max_steps` while tracing, and otherwise with as many as it takes.
+    for `max_steps` while tracing and without an end, else with as many as it takes.
     """
     size = sum(np.size(y) for y in jtu.tree_leaves(equation.y0))
     first, most = room_for_steps(size, _DIFFRAX_MAX_STEPS)
@@ -252,7 +242,7 @@ def _solve_with_room(equation: _Equation, kwargs: dict[str, Any]) -> diffrax.Sol
         options = kwargs | dict(max_steps=max_steps, throw=throw)
         return _with_checked_fields(equation, options)
 
-    if _is_traced(equation):
+    if _is_traced(equation) or _is_endless(equation.t0, equation.t1):
         return solve(_DIFFRAX_MAX_STEPS, kwargs["throw"])
     room = first
     while True:
@@ -320,19 +310,21 @@ def _count(
 def _bound_on_steps(
     equation: _Equation, bound: int | None, kwargs: dict[str, Any]
 ) -> int | None:
-    """`max_steps` where it is not given."""
+    """`max_steps` where it is not given: Diffrax's default where steps cannot be
+    counted while tracing.
+    """
+    is_even = isinstance(kwargs["stepsize_controller"], diffrax.ConstantStepSize)
+    if bound is not None or not is_even:
+        return bound
     t0, t1, dt0 = equation.t0, equation.t1, equation.dt0
     # The latter is Diffrax's older name for the former.
-    events = kwargs["event"], kwargs["discrete_terminating_event"]
-    if bound is None and events != (None, None) and _is_endless(t0, t1):
-        return _DIFFRAX_MAX_STEPS
-    if bound is None and isinstance(
-        kwargs["stepsize_controller"], diffrax.ConstantStepSize
-    ):
+    has_event = (kwargs["event"], kwargs["discrete_terminating_event"]) != (None, None)
+    is_known = not any(isinstance(t, jax.core.Tracer) for t in (t0, t1, dt0))
+    if is_known and not (has_event and _is_endless(t0, t1)):
         raise ValueError(
-            "The number of steps must be known while tracing, but cannot be "
-            f"counted from t0={t0}, t1={t1}, dt0={dt0}. Give `max_steps=...`, "
-            "at least the number of steps, or step to given times with "
-            "`stepsize_controller=diffrax.StepTo(ts)`."
+            f"The number of steps cannot be counted from t0={t0}, t1={t1}, dt0={dt0}. "
+            "Give finite times and a `dt0` that divides them into fewer than 2**31 "
+            "steps, an `event` that ends a solve without end, or steps to given times "
+            "with `stepsize_controller=diffrax.StepTo(ts)`."
         )
-    return bound
+    return _DIFFRAX_MAX_STEPS

@@ -40,6 +40,16 @@ class AbstractLinearisation(eqx.Module):
         """Whether the Jacobian is kept as a whole matrix."""
         return False
 
+    @property
+    def simplifies_steps(self) -> bool:
+        """Whether the iteration may differentiate a cheaper step in place of a map."""
+        return False
+
+    @property
+    def exact(self) -> "AbstractLinearisation":
+        """For derivatives of the solution: the whole Jacobian."""
+        return Exact()
+
     @abc.abstractmethod
     def for_map(self, groups: Groups, state_size: int) -> "AbstractLinearisation":
         """What to use for a map. Asked once, before the iteration; an object that does
@@ -48,6 +58,13 @@ class AbstractLinearisation(eqx.Module):
         `groups()` says for each entry of a state to which group it belongs: entries of
         different groups do not depend on each other. `None` where that is not known.
         """
+
+    def for_equations(self) -> "AbstractLinearisation":
+        """What to use for steps that are equations."""
+        raise ValueError(
+            "The steps of this solver are equations, which are solved with their "
+            f"whole Jacobians: use `Newton(linearisation=Dense())`; got {self!r}."
+        )
 
     @abc.abstractmethod
     def __call__(
@@ -85,8 +102,15 @@ class Dense(AbstractLinearisation):
     def is_dense(self):
         return True
 
+    @property
+    def exact(self):
+        return self
+
     def for_map(self, groups, state_size):
         del groups, state_size
+        return self
+
+    def for_equations(self):
         return self
 
     def __call__(self, step, y, has_aux=False):
@@ -291,6 +315,13 @@ class Exact(AbstractLinearisation):
 
     max_bytes: int = eqx.field(static=True, default=4 * 2**30)
 
+    @property
+    def exact(self):
+        return self
+
+    def for_equations(self):
+        return Dense(self.max_bytes)
+
     def for_map(self, groups, state_size):
         found = groups() if state_size > 1 else None
         order = None if found is None else find_blocks(found)
@@ -337,8 +368,15 @@ class SharedJacobian(AbstractLinearisation):
     max_bytes: int = eqx.field(static=True, default=4 * 2**30)
 
     @property
-    def exact(self) -> Exact:
+    def simplifies_steps(self):
+        return True
+
+    @property
+    def exact(self):
         return Exact(self.max_bytes)
+
+    def for_equations(self):
+        return Dense(self.max_bytes)
 
     def for_map(self, groups, state_size):
         return self.exact.for_map(groups, state_size)

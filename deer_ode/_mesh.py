@@ -52,10 +52,12 @@ class MeshRefinement(diffrax.AbstractAdaptiveStepSizeController):
 
     Where steps are sequential (by default on a CPU, where that is faster) they are
     those of Diffrax, by any of its controllers, for stochastic equations as well; this
-    one is a `PIDController` there, as it is under any other adjoint. An infinite `t1`
-    is refused.
+    one is a `PIDController` there, as it is under any other adjoint. So are those of an
+    interval that only an event ends (`t1=jnp.inf`), of which 4096 are tried unless
+    `max_steps` is given.
 
-    Derivatives are those of the solution on the mesh, which is held fixed.
+    Derivatives are those of the solution on the mesh, whose points stay where they are
+    relative to the times that were given: `t0`, `t1`, `step_ts` and `jump_ts`.
 
     Costs one adaptive solve to a relative tolerance of 1e-6 (100 to 300 sequential
     steps, however tight the tolerance is; [`deer_ode.Adaptive`][]), two error estimates
@@ -182,6 +184,36 @@ def as_mesh_refinement(
         safety=pid.safety,
         error_order=pid.error_order,
     )
+
+
+def given_times(
+    controller: diffrax.AbstractStepSizeController, t0, t1
+) -> Float[Array, " given"]:
+    """The times that the user gave, as far as the controller is known: the ends of the
+    interval, and where a step has to end.
+    """
+    mesh, t1 = as_mesh_refinement(controller), jnp.asarray(t1)
+    given = () if mesh is None else (mesh.step_ts, mesh.jump_ts)
+    within = [jnp.asarray(ts, t1.dtype) for ts in given if ts is not None]
+    return jnp.sort(
+        jnp.concatenate([jnp.asarray(t0, t1.dtype)[None], *within, t1[None]])
+    )
+
+
+def moved_with(
+    given: Float[Array, " given"], times: Float[Array, " times"]
+) -> Float[Array, " times"]:
+    """`times`, with derivatives: each stays where it is, relative to the given ones
+    (ascending) before and after it.
+    """
+    known = lax.stop_gradient(given)
+    change = jnp.where(jnp.isfinite(known), given - known, 0)
+    after = jnp.clip(jnp.searchsorted(known, times), 1, known.shape[0] - 1)
+    before = after - 1
+    length = known[after] - known[before]
+    share = (times - known[before]) / jnp.where(length > 0, length, 1)
+    share = jnp.clip(share, 0, 1)
+    return times + (1 - share) * change[before] + share * change[after]
 
 
 class Mesh(NamedTuple):

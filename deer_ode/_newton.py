@@ -27,7 +27,7 @@ from ._acceptance import Acceptance
 from ._affine import scan_steps
 from ._custom_types import Mask, State, Trajectory
 from ._damping import AbstractDamping, Undamped
-from ._linearisation import AbstractLinearisation, Dense, Exact, SharedJacobian
+from ._linearisation import AbstractLinearisation, Exact
 from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
 from ._misc import describe, finite, hold_last_good, is_reasonable, leading_true
 from ._plan import Plan, dense_operations, estimated_minutes, plan_newton
@@ -121,10 +121,7 @@ class Newton(AbstractMethod):
 
     @property
     def exact_linearisation(self):
-        if isinstance(self.linearisation, SharedJacobian):
-            return self.linearisation.exact
-        is_exact = isinstance(self.linearisation, Dense | Exact)
-        return self.linearisation if is_exact else Exact()
+        return self.linearisation.exact
 
     def start_from(self, guess):
         return eqx.tree_at(lambda method: method.guess, self, guess)
@@ -175,8 +172,8 @@ class Newton(AbstractMethod):
         return self._simplified(recurrence, chosen), chosen
 
     def _simplified(self, recurrence, chosen) -> AbstractRecurrence:
-        is_shared = isinstance(self.linearisation, SharedJacobian)
-        return recurrence.simplified() if is_shared and chosen.is_dense else recurrence
+        is_simplified = self.linearisation.simplifies_steps and chosen.is_dense
+        return recurrence.simplified() if is_simplified else recurrence
 
     def _run(self, recurrence: AbstractRecurrence, plan: Plan) -> TrajectorySolution:
         if plan.chunk == 1:

@@ -26,7 +26,7 @@ from ._grid import (
     placeholder_grid,
     refuse,
 )
-from ._mesh import as_mesh_refinement
+from ._mesh import as_mesh_refinement, given_times, moved_with
 from ._method import AbstractMethod
 from ._misc import StateFlattener
 from ._plan import default_platform
@@ -113,21 +113,18 @@ def _on_a_mesh(
     is_sequential = method.is_sequential(recurrence, default_platform())
     # What a root finder leaves counts as error where steps are taken from rest, and no
     # mesh would be fine enough.
-    if is_sequential or recurrence.solves_equations:
+    must_be = recurrence.solves_equations or inputs.is_endless
+    if is_sequential or must_be:
         refined = sequential_mesh(
             *(inputs.solver.solver, inputs.terms, inputs.args, controller, order),
             *(state, jnp.asarray(inputs.t1), discretised.grid.num_steps),
         )
     else:
         refined = _refined(inputs, state, discretised, method, order)
-    # Derivatives in the ends of the interval go through the first and the last step.
-    grid = refined.grid
-    ends = grid.tnext == inputs.t1
-    grid = Grid(
-        grid.tprev.at[0].set(state.tprev),
-        jnp.where(ends, inputs.t1, grid.tnext),
-        grid.active,
-    )
+    # The mesh has no derivatives, but the times that it was made for may.
+    given, grid = given_times(controller, state.tprev, inputs.t1), refined.grid
+    moved = lambda times: moved_with(given, times)
+    grid = Grid(moved(grid.tprev), moved(grid.tnext), grid.active)
     if discretised.has_draws:
         return _discretised(inputs, state, grid), refined
     return discretised.on(grid), refined
@@ -181,6 +178,7 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
 
     known: eqx.AbstractVar[KnownSteps | None]
     """The steps, if it is known while tracing that all of them are made."""
+    is_endless: ClassVar[bool] = False
 
     def loop(
         self,
@@ -193,7 +191,9 @@ class AbstractParallelAdjoint(diffrax.AbstractAdjoint):
     ):
         del passed_controller_state
         _check_solver(loop_kwargs["solver"])
-        inputs = LoopInputs(**loop_kwargs, throw=throw, known=self.known)
+        inputs = LoopInputs(
+            **loop_kwargs, throw=throw, known=self.known, is_endless=self.is_endless
+        )
         guess = init_state.solver_state.ys if passed_solver_state else None
         return run_loop(
             self,
@@ -245,3 +245,12 @@ class CountedSteps(AbstractParallelAdjoint):
     """
 
     known: KnownSteps = eqx.field(static=True)
+
+
+class EndlessSteps(AbstractParallelAdjoint):
+    """As [`deer_ode.ParallelAdjoint`][], for a tolerance over an interval that only an
+    event ends: its steps are chosen sequentially.
+    """
+
+    known: ClassVar[None] = None
+    is_endless: ClassVar[bool] = True

@@ -19,7 +19,7 @@ from ._custom_types import Mask, State, Trajectory
 from ._dependence import dependence
 from ._failure import NOT_CONVERGED, NOT_FINITE
 from ._linearisation import AbstractLinearisation
-from ._misc import StateFlattener, finite, previous_states
+from ._misc import StateFlattener, finite, previous_states, running_max
 from ._programs import without_checks
 
 
@@ -163,7 +163,7 @@ class AbstractRecurrence(eqx.Module):
         `stride` is how many steps there are from one row to the next.
         """
         del stride
-        return lax.cummax(finite(scale))
+        return running_max(finite(scale))
 
     @abc.abstractmethod
     def evaluate(self, ys: Trajectory) -> Trajectory:
@@ -391,7 +391,7 @@ class Recurrence(AbstractMapRecurrence):
         padding = -scale.shape[0] % memory
         stretches = jnp.pad(scale, ((0, padding), (0, 0)))
         stretches = stretches.reshape(-1, memory, scale.shape[1])
-        so_far = lax.cummax(stretches, axis=1)
+        so_far = running_max(stretches, axis=1)
         before = jnp.concatenate([so_far[:1, :1], so_far[:-1, -1:]])
         largest = jnp.maximum(so_far, before)
         return largest.reshape(-1, scale.shape[1])[: scale.shape[0]]

@@ -1071,13 +1071,18 @@ def test_other_solvers_go_to_diffrax():
     assert_same_solution(sol, expected)
 
 
-def test_traced_times_need_a_bound():
+def test_traced_times_have_room_for_as_many_steps_as_in_diffrax():
     args = lotka_volterra_args()
-    solve = lambda t1, **kw: diffeqsolve(TERM, EULER, 0.0, t1, 0.1, Y0, args, **kw).ys
-    with pytest.raises(ValueError, match="cannot be counted.*Give `max_steps"):
-        jax.jit(solve)(3.0)
-    bounded = jax.jit(lambda t1: solve(t1, max_steps=32))(3.0)
-    assert_close(bounded, run(None).ys, rounding())
+    solve = lambda t1, **kw: diffeqsolve(TERM, EULER, 0.0, t1, 0.1, Y0, args, **kw)
+    expected = run(None).ys
+    assert_close(jax.jit(lambda t1: solve(t1).ys)(3.0), expected, rounding())
+    bounded = jax.jit(lambda t1: solve(t1, max_steps=32).ys)(3.0)
+    assert_close(bounded, expected, rounding())
+    # Twice as many as there is room for.
+    too_many = jax.jit(lambda t1: solve(t1, throw=False).result)(819.2)
+    assert too_many == diffrax.RESULTS.max_steps_reached
+    with pytest.raises(ValueError, match="cannot be counted.*dt0=0.0"):
+        diffeqsolve(TERM, EULER, 0.0, 3.0, 0.0, Y0, args)
 
 
 @pytest.mark.parametrize(

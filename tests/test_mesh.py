@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optimistix as optx
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -527,13 +528,59 @@ def test_checks_count_on_the_answer_only():
         solve(term=bad)
 
 
+@METHODS
+def test_an_interval_that_only_an_event_ends(method):
+    event = diffrax.Event(
+        lambda t, y, args, **kwargs: y[0] - 2.0,
+        optx.Newton(1e-10, 1e-10),
+    )
+
+    def end(run, solver):
+        def found(args):
+            sol = run(
+                *(TERM, solver, 0.0, jnp.inf, None, Y0, args),
+                stepsize_controller=PID,
+                event=event,
+                throw=False,
+            )
+            return sol.ts[0], (sol.ys, sol.result)
+
+        (t, (ys, result)), slope = jax.value_and_grad(found, has_aux=True)(1.5)
+        assert result == diffrax.RESULTS.event_occurred
+        return t, ys, slope
+
+    expected = end(diffrax.diffeqsolve, diffrax.Tsit5())
+    found = end(diffeqsolve, DEER(diffrax.Tsit5(), method))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, 1e-9)
+
+
+@METHODS
+@pytest.mark.parametrize("name", ["step_ts", "jump_ts"])
+def test_derivatives_in_the_time_of_a_jump(method, name):
+    r"""$y' = -y$, and from $t$ on $1 - y$: $y(1) = e^{-1} + 1 - e^{t - 1}$."""
+
+    def end(t):
+        field = lambda s, y, args: jnp.where(s < t, 0.0, 1.0) - y
+        pid = diffrax.PIDController(rtol=1e-9, atol=1e-9)
+        return solve(
+            DEER(diffrax.Tsit5(), method),
+            diffrax.ODETerm(field),
+            1.0,
+            jnp.array(1.0),
+            stepsize_controller=diffrax.ClipStepSizeController(pid, **{name: t[None]}),
+        ).ys[0]
+
+    value, slope = jax.value_and_grad(end)(jnp.array(0.5))
+    assert abs(value - (np.exp(-1) + 1 - np.exp(-0.5))) < 1e-7
+    assert abs(slope + np.exp(-0.5)) < 1e-7
+
+
 def test_refusals():
     # Diffrax says it before we do.
     for solver in (diffrax.Euler(), RadauIIA()):
         with pytest.raises(RuntimeError, match="does not provide error estimates"):
             solve(DEER(solver, Newton()), max_steps=64)
-    with pytest.raises(ValueError, match="needs an end; got t0=0.0, t1=inf"):
-        solve(t1=jnp.inf)
     path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (2,), jr.key(0))
     noise = diffrax.ControlTerm(lambda t, y, args: jnp.eye(2), path)
     with pytest.raises(ValueError, match="stochastic differential equation cannot"):

@@ -27,7 +27,6 @@ from .._affine import matvec, transition_of
 from .._custom_types import Args, Mask, State, Trajectory, Y
 from .._failure import NO_DERIVATIVE, NO_SOLUTION, NOT_FINITE, SINGULAR
 from .._implicit import solve_trajectory
-from .._linearisation import Dense, Exact, SharedJacobian
 from .._misc import (
     StateFlattener,
     hold_last_good,
@@ -240,15 +239,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return self.from_states(jax.vmap(self.flattener.flatten)(ys))
 
     def choose(self, linearisation):
-        if isinstance(linearisation, Exact | SharedJacobian):
-            return Dense(linearisation.max_bytes)
-        if not isinstance(linearisation, Dense):
-            raise ValueError(
-                "The steps of this solver are equations, which are solved with their "
-                f"whole Jacobians: use `Newton(linearisation=Dense())`; got "
-                f"{linearisation!r}."
-            )
-        return linearisation
+        return linearisation.for_equations()
 
     def linearise(self, ys, linearisation):
         del linearisation  # all of it

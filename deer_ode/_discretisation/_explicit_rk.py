@@ -93,7 +93,8 @@ def explicit_rk_step(
     y_error = _weighted_sum(tableau.b_error, ks)
     if y_error is None:
         y_error = jtu.tree_map(jnp.zeros_like, start)
-    k = jtu.tree_map(lambda *x: jnp.stack(x), *map(split, ks))
+    k = jtu.tree_map(lambda *x: jnp.stack(x), *ks)
+    k = jax.vmap(split)(k) if jtu.tree_leaves(k) else k
     return y1, split(y_error), dict(y0=y0, y1=y1, k=k)
 
 
