@@ -93,16 +93,29 @@ def leading_true(mask: Mask) -> Array:
     return jnp.where(mask[first], mask.shape[0], first).astype(jnp.int32)
 
 
-def running_max(x: Array, axis: int = 0) -> Array:
-    """`jax.lax.cummax`. On a CPU as a loop, which compiles in a quarter of the time and
+def running(
+    combine: Callable[[Array, Array], Array],
+    start: float,
+    x: Array,
+    axis: int = 0,
+    reverse: bool = False,
+) -> Array:
+    """The maxima, minima or sums of the first entries, of the first two, and so on;
+    `start` is what `combine` leaves unchanged. Without derivatives.
+
+    On a CPU as a loop, which compiles in a quarter of the time of `jax.lax.cummax` and
     runs in a third (2,000 rows of two; JAX 0.12).
     """
     if default_platform() != "cpu":
-        return lax.cummax(x, axis)
+        return lax.associative_scan(combine, x, reverse=reverse, axis=axis)
     rows = jnp.moveaxis(x, axis, 0)
-    first = jnp.full_like(rows[0], -jnp.inf)
-    _, out = lax.scan(lambda y, row: (jnp.maximum(y, row),) * 2, first, rows)
-    return jnp.moveaxis(out, 0, axis)
+    first = jnp.full_like(rows[0], start)
+    step = lambda y, row: (combine(y, row),) * 2
+    return jnp.moveaxis(lax.scan(step, first, rows, reverse=reverse)[1], 0, axis)
+
+
+def running_max(x: Array, axis: int = 0) -> Array:
+    return running(jnp.maximum, -jnp.inf, x, axis)
 
 
 def count_true(mask: Mask) -> Array:

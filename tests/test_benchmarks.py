@@ -146,6 +146,7 @@ def tables_are_rectangular(family, rows):
             assert len(lines) >= 3
 
 
+@pytest.mark.slow(covered_by="test_family")
 def test_again_with_loops_compiled_whole(tmp_path):
     if not can_use_cpu_flag():
         pytest.skip("for a CPU without the flag")

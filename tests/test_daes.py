@@ -249,6 +249,7 @@ def test_mass_matrix_by_a_function_and_gradients():
     assert_close(grad(inputs, True), grad(inputs, False), rounding())
 
 
+@pytest.mark.slow(covered_by="test_index_1_in_every_form")
 def test_backward_in_time():
     """Diffrax turns time round, which the derivative in the equation must notice."""
     args = jnp.array(0.8)

@@ -23,7 +23,7 @@ from deer_ode import (
 )
 from deer_ode._mesh import Mesh, as_mesh_refinement, redistribute
 
-from .helpers import assert_close, rounding
+from .helpers import assert_close, rounding, slow
 
 
 def lotka_volterra(t, y, args):
@@ -137,8 +137,8 @@ def stock(solver, term, t1, y0, controller, **kwargs):
         (TERM, [1.0, 1.0], 10.0, diffrax.Tsit5(), 1e-6),
         pytest.param(TERM, [1.0, 1.0], 10.0, diffrax.Dopri8(), 1e-9,
                      marks=pytest.mark.slow),
-        (diffrax.ODETerm(_hard.kepler), [0.1, 0, 0, 19**0.5], 12.56, diffrax.Tsit5(),
-         1e-8),
+        pytest.param(diffrax.ODETerm(_hard.kepler), [0.1, 0, 0, 19**0.5], 12.56,
+                     diffrax.Tsit5(), 1e-8, marks=pytest.mark.slow),
         pytest.param(diffrax.ODETerm(lambda t, y, a: _hard.van_der_pol(t, y, 5.0)),
                      [2.0, 0.0], 40.0, diffrax.Tsit5(), 1e-6, marks=pytest.mark.slow),
         pytest.param(diffrax.ODETerm(_hard.fitzhugh_nagumo), [-1.0, 1.0], 200.0,
@@ -556,7 +556,7 @@ def test_an_interval_that_only_an_event_ends(method):
 
 
 @METHODS
-@pytest.mark.parametrize("name", ["step_ts", "jump_ts"])
+@pytest.mark.parametrize("name", slow(["step_ts", "jump_ts"], lambda x: x == "jump_ts"))
 def test_derivatives_in_the_time_of_a_jump(method, name):
     r"""$y' = -y$, and from $t$ on $1 - y$: $y(1) = e^{-1} + 1 - e^{t - 1}$."""
 

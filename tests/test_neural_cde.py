@@ -179,6 +179,7 @@ def test_missing_data(tmp_path, monkeypatch, capsys):
     assert "Not measured" in capsys.readouterr().out
 
 
+@pytest.mark.slow(covered_by="test_loss_and_gradients")
 def test_real_series_train_as_in_diffrax(digits, as_users_have_it):
     # The sizes of the tests above, whose programs need not be compiled again.
     case = Case(steps=NUM_STEPS, batch=BATCH, num_classes=NUM_CLASSES)

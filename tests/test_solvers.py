@@ -66,11 +66,9 @@ def sequential():
     return get
 
 
-#: One of each kind: the others share its code, and are compiled longer. Of the implicit
-#: ones the additive solver has all that the others have.
-ORDINARY = (
-    "Bosh3", "Sil3", "SemiImplicitEuler", "ItoMilstein", "HalfSolver",
-)  # fmt: skip
+#: One of each kind: the others share its code, and are compiled longer. The core has an
+#: implicit one.
+ORDINARY = ("Bosh3", "SemiImplicitEuler", "ItoMilstein", "HalfSolver")
 
 
 @pytest.mark.parametrize("name", slow(SOLVERS, lambda name: name not in ORDINARY))
