@@ -108,9 +108,13 @@ def running(
     """
     if default_platform() != "cpu":
         return lax.associative_scan(combine, x, reverse=reverse, axis=axis)
+
+    def step(y, row):
+        y = combine(y, row)
+        return y, y
+
     rows = jnp.moveaxis(x, axis, 0)
     first = jnp.full_like(rows[0], start)
-    step = lambda y, row: (combine(y, row),) * 2
     return jnp.moveaxis(lax.scan(step, first, rows, reverse=reverse)[1], 0, axis)
 
 
