@@ -95,7 +95,7 @@ def leading_true(mask: Mask) -> Array:
 
 def running(
     combine: Callable[[Array, Array], Array],
-    start: float,
+    start: float | int,
     x: Array,
     axis: int = 0,
     reverse: bool = False,

@@ -716,3 +716,12 @@ def test_guess_where_there_is_no_field(solver, window):
     expected = jax.jit(lambda y0: sequential_steps(solver, term, ts, y0, None)[0])(y0)
     assert_close(actual.ys, expected, rounding())
     assert int(actual.stats["num_fallback_steps"]) == 0
+
+
+@pytest.mark.parametrize("y0", [jnp.zeros(0), None], ids=["no numbers", "None"])
+def test_nothing_to_solve(y0):
+    term = diffrax.ODETerm(lambda t, y, args: y)
+    sol = diffeqsolve(term, DEER(RadauIIA(2)), 0.0, 1.0, 0.1, y0)
+    assert sol.result == diffrax.RESULTS.successful
+    assert int(sol.stats["num_steps"]) == 10
+    assert_close(sol.ys, None if y0 is None else jnp.zeros((1, 0)), 0.0)

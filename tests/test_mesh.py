@@ -14,6 +14,7 @@ from benchmarks import _hard
 from deer_ode import (
     DEER,
     Auto,
+    GaussLegendre,
     MeshRefinement,
     Newton,
     Obreshkov,
@@ -21,6 +22,7 @@ from deer_ode import (
     RadauIIA,
     diffeqsolve,
 )
+from deer_ode._discretisation._collocation import radau_nodes
 from deer_ode._mesh import Mesh, as_mesh_refinement, redistribute
 
 from .helpers import assert_close, rounding, slow
@@ -576,9 +578,41 @@ def test_derivatives_in_the_time_of_a_jump(method, name):
     assert abs(slope + np.exp(-0.5)) < 1e-7
 
 
+def test_the_error_estimate_of_radau():
+    """The weights of RADAU5 (Hairer, Wanner 1996, equation 8.19), and the order."""
+    gamma, weights = radau_nodes(3).error
+    root = 6**0.5
+    expected = np.array([-13 - 7 * root, -13 + 7 * root, -1]) / 3
+    np.testing.assert_allclose(weights / gamma, expected, rtol=1e-13)
+
+    @jax.jit
+    def error(h):
+        field = diffrax.ODETerm(lambda t, y, args: -jnp.sin(y))
+        _, error, *_ = RadauIIA(2).step(field, 0.0, h, jnp.ones(1), None, None, False)
+        return jnp.abs(error[0])
+
+    slope = jnp.log2(error(0.02) / error(0.01))
+    assert abs(slope - 3) < 0.1
+
+
+def test_radau_meets_a_tolerance():
+    r"""Stiff, with a fast transient: $y' = -k (y - \cos t)$ from zero."""
+    k, t1, rtol = 1e4, 3.0, 1e-5
+    sol = solve(
+        DEER(RadauIIA()),
+        diffrax.ODETerm(lambda t, y, args: -k * (y - jnp.cos(t))),
+        t1,
+        jnp.zeros(1),
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=rtol),
+    )
+    exact = (k**2 * np.cos(t1) + k * np.sin(t1)) / (k**2 + 1)
+    assert abs(float(sol.ys[0, 0]) - exact) < 10 * rtol
+    assert int(sol.stats["num_accepted_steps"]) < 40
+
+
 def test_refusals():
     # Diffrax says it before we do.
-    for solver in (diffrax.Euler(), RadauIIA()):
+    for solver in (diffrax.Euler(), GaussLegendre()):
         with pytest.raises(RuntimeError, match="does not provide error estimates"):
             solve(DEER(solver, Newton()), max_steps=64)
     path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (2,), jr.key(0))

@@ -28,7 +28,11 @@ from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, previous_states
 from ._adaptive import guess_field
 from ._base import Grid
-from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
+from ._equations import (
+    AbstractEquationRecurrence,
+    AbstractEquationSolver,
+    solve_blocks,
+)
 from ._hermite import fraction_of_step
 from ._implicit_terms import implicit_residual
 from ._one_step import tracing_steps
@@ -49,6 +53,22 @@ class Nodes:
     """`(stages, stages)`: stages, less the start, to coefficients of the powers 1 to
     `stages` of the fraction of the step.
     """
+    error: tuple[float, np.ndarray] | None = None
+    r"""$\gamma$ and the weights $e$ of an error estimate; see `_embedded`."""
+
+
+def _embedded(nodes: Nodes) -> tuple[float, np.ndarray]:
+    r"""A quadrature of order $s$ that uses the start of the step as well, with weight
+    $\gamma$. It differs from the solution by $\gamma h f(y_{i-1}) + \sum_k e_k (Y_k -
+    y_{i-1})$. Where $D$ has a real eigenvalue it is $1 / \gamma$, as in RADAU5.
+    """
+    c, D = np.asarray(nodes.c), nodes.D
+    eigenvalues = np.asarray(np.linalg.eigvals(D), np.complex128)
+    is_real = np.abs(eigenvalues.imag) < 1e-8 * np.abs(eigenvalues)
+    mean = np.abs(np.linalg.det(D)) ** (1 / len(c))
+    gamma = 1 / (eigenvalues[is_real].real[0] if np.any(is_real) else mean)
+    moments = c ** np.arange(len(c))[:, None]
+    return float(gamma), -gamma * np.linalg.inv(moments)[:, 0] @ D
 
 
 def _collocation(c: np.ndarray) -> Nodes:
@@ -80,7 +100,7 @@ def radau_nodes(num_stages: int) -> Nodes:
     # The last stage is the end of the step.
     end = np.zeros(num_stages)
     end[-1] = 1
-    return dataclasses.replace(nodes, end=end)
+    return dataclasses.replace(nodes, end=end, error=_embedded(nodes))
 
 
 class PolynomialInterpolation(diffrax.AbstractLocalInterpolation):
@@ -297,7 +317,27 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
         return PolynomialInterpolation(t0=t0, t1=t1, **info).evaluate(t)
 
     def error_estimate(self, ys):
-        return None
+        # The field at the start is not known of an equation in another form.
+        if self.nodes.error is None or not self.is_solved:
+            return None
+        gamma, weights = self.nodes.error
+        starts, stages, _, _, _, x = self._unknowns(ys)
+
+        def with_jacobian(y, x):
+            def twice(y):
+                value = -self.equation(x.tprev, y, jnp.zeros_like(y), x)
+                return value, value
+
+            return jax.jacfwd(twice, has_aux=True)(y)
+
+        hJ, hf = jax.vmap(with_jacobian)(starts, x)
+        weights = self._constant(weights)[None, :, None]
+        difference = jnp.sum(weights * (stages - starts[:, None]), axis=1)
+        difference = self._constant(gamma) * hf + difference
+        # What decays at once would be seen as an error as large as the state's change.
+        eye = jnp.eye(hJ.shape[-1], dtype=hJ.dtype)[None]
+        B = eye - self._constant(gamma) * hJ
+        return solve_blocks(B, difference[..., None])[..., 0]
 
 
 class AbstractCollocation(AbstractEquationSolver):
@@ -334,13 +374,17 @@ class RadauIIA(AbstractCollocation):
     to rounding. The stages of all steps are unknowns of one Newton iteration.
 
     Takes ordinary terms, [`deer_ode.DAETerm`][] and [`deer_ode.MassMatrixTerm`][].
-    Interpolation is the collocation polynomial, of order $s$. There is no error
-    estimate.
+    Interpolation is the collocation polynomial, of order $s$. For ordinary terms there
+    is an error estimate, so that they can be solved to a tolerance: the difference from
+    a quadrature of order $s$,
+
+    $$(1 - \gamma h J)^{-1} \left( \gamma h f(t_{i-1}, y_{i-1}) + \sum_k e_k (Y_k -
+    y_{i-1}) \right) = O(h^{s+1}).$$
 
     ??? cite "Reference"
 
         Hairer, Wanner (1996), *Solving Ordinary Differential Equations II*, sections
-        IV.5, IV.8 and VII.
+        IV.5, IV.8 (equation 8.19 for the error estimate) and VII.
     """
 
     num_stages: int = eqx.field(static=True, default=3)
@@ -355,6 +399,10 @@ class RadauIIA(AbstractCollocation):
     def order(self, terms):
         del terms
         return 2 * self.num_stages - 1
+
+    def error_order(self, terms):
+        del terms
+        return self.num_stages + 1
 
 
 RadauIIA.__init__.__doc__ = """**Arguments:**

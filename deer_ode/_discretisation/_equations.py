@@ -126,6 +126,8 @@ def solve_blocks(
     B: Float[Array, "steps n n"], right: Float[Array, "steps n columns"]
 ) -> Float[Array, "steps n columns"]:
     """$B_i^{-1} R_i$. A singular block gives what is not finite."""
+    if B.shape[-1] == 0:
+        return right
     ways = {
         "written out": _eliminate,
         "in a loop": _eliminate_in_a_loop,
@@ -144,7 +146,7 @@ def _solve_one(B, right):
 def is_singular(B: Float[Array, "steps n n"]) -> Mask:
     """Which blocks are singular to rounding, whatever the units of rows and columns."""
     for axis in (2, 1):
-        largest = jnp.max(jnp.abs(B), axis=axis, keepdims=True)
+        largest = jnp.max(jnp.abs(B), axis=axis, keepdims=True, initial=0)
         B = B / jnp.where(largest == 0, 1, largest)
     lu, _, _ = lax.linalg.lu(B)
     pivots = jnp.abs(jnp.diagonal(lu, axis1=1, axis2=2))
@@ -278,6 +280,8 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return eqx.tree_at(lambda r: (r.y0, r.grid), self, (y, grid))
 
     def step(self, index, y):
+        if y.shape[0] == 0:
+            return y
         one = self._one(jtu.tree_map(lambda x: x[index], self.grid), y)
         # First from a prediction; where that leads nowhere, from where it starts.
         guesses = jnp.stack([one.predict_step(), y])
