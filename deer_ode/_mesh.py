@@ -22,7 +22,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from ._custom_types import Mask
 from ._discretisation import Grid
 from ._foreign import nextafter, prevbefore
-from ._misc import running, running_max
 from ._plan import MESH_GROWTH, MESH_LOOSEST
 
 
@@ -267,19 +266,18 @@ def redistribute(
     # What is there twice is kept once.
     is_kept = _is_among(points[1:], fixed) & (jnp.diff(points) > 0)
     before = jnp.concatenate([jnp.zeros(1, bool), is_kept[:-1]])
-    up_to_here = lambda x: running(jnp.add, 0, x)
-    segment = up_to_here(before.astype(jnp.int32))
+    segment = jnp.cumsum(before, dtype=jnp.int32)
     wanted = jax.ops.segment_sum(parts, segment, num_segments)
     # Rounding of a sum makes no step more.
     count = jnp.ceil(wanted * (1 - 64 * jnp.finfo(dtype).eps))
     count = jnp.where(wanted > 0, jnp.maximum(count, 1), 0)
-    up_to = lambda x: up_to_here(x) - x
+    up_to = lambda x: jnp.cumsum(x) - x
     factor = jnp.where(wanted > 0, count / jnp.where(wanted > 0, wanted, 1), 0)
-    within = (up_to_here(parts) - up_to(wanted)[segment]) * factor[segment]
+    within = (jnp.cumsum(parts) - up_to(wanted)[segment]) * factor[segment]
     index = up_to(count)[segment] + jnp.clip(within, 0, count[segment])
     # Exactly, so that what is kept is kept to the last digit.
     index = jnp.where(is_kept, (up_to(count) + count)[segment], index)
-    index = running_max(jnp.concatenate([jnp.zeros(1, dtype), index]))
+    index = lax.cummax(jnp.concatenate([jnp.zeros(1, dtype), index]))
     total = jnp.sum(count)
     new = jnp.minimum(jnp.arange(capacity + 1, dtype=dtype), total)
     most = float(jnp.iinfo(jnp.int32).max)
@@ -305,8 +303,7 @@ def wanted_lengths(
     limit = jnp.where(lengths > 0, wanted, jnp.inf)
     distance = MESH_GROWTH * (points[:-1] + lengths / 2)
     for sign, is_reverse in ((1, False), (-1, True)):
-        moved = limit - sign * distance
-        reached = running(jnp.minimum, jnp.inf, moved, reverse=is_reverse)
+        reached = lax.cummin(limit - sign * distance, reverse=is_reverse)
         limit = jnp.minimum(limit, reached + sign * distance)
     wanted = jnp.where(lengths > 0, limit, 1)
     if controller.dtmin is not None:

@@ -93,33 +93,20 @@ def leading_true(mask: Mask) -> Array:
     return jnp.where(mask[first], mask.shape[0], first).astype(jnp.int32)
 
 
-def running(
-    combine: Callable[[Array, Array], Array],
-    start: float | int,
-    x: Array,
-    axis: int = 0,
-    reverse: bool = False,
-) -> Array:
-    """The maxima, minima or sums of the first entries, of the first two, and so on;
-    `start` is what `combine` leaves unchanged. Without derivatives.
-
-    On a CPU as a loop, which compiles in a quarter of the time of `jax.lax.cummax` and
+def running_max(x: Array, axis: int = 0) -> Array:
+    """`jax.lax.cummax`. On a CPU as a loop, which compiles in a quarter of the time and
     runs in a third (2,000 rows of two; JAX 0.12).
     """
     if default_platform() != "cpu":
-        return lax.associative_scan(combine, x, reverse=reverse, axis=axis)
+        return lax.cummax(x, axis)
 
-    def step(y, row):
-        y = combine(y, row)
-        return y, y
+    def step(largest, row):
+        largest = jnp.maximum(largest, row)
+        return largest, largest
 
     rows = jnp.moveaxis(x, axis, 0)
-    first = jnp.full_like(rows[0], start)
-    return jnp.moveaxis(lax.scan(step, first, rows, reverse=reverse)[1], 0, axis)
-
-
-def running_max(x: Array, axis: int = 0) -> Array:
-    return running(jnp.maximum, -jnp.inf, x, axis)
+    lowest = jnp.full_like(rows[0], -jnp.inf)
+    return jnp.moveaxis(lax.scan(step, lowest, rows)[1], 0, axis)
 
 
 def count_true(mask: Mask) -> Array:
