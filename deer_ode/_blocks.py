@@ -1,5 +1,7 @@
 """Which entries of a state make a block: those that depend on each other only."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -34,12 +36,18 @@ class BlockOrder(eqx.Module):
     def num_blocks(self) -> int:
         return len(self._entries[0])
 
+    def _is(self, order: Callable[[int, int], Int[np.ndarray, "size blocks"]]) -> bool:
+        """Whether this is all of `order`, without padding."""
+        entries = self.entries
+        is_full = entries.size == self.state_size
+        return is_full and np.array_equal(entries, order(*entries.shape))
+
     def split(self, y: Float[Array, "*batch state"]) -> Array:
         """A state as `(..., size, blocks)`."""
         batch, entries = y.shape[:-1], self.entries
-        if np.array_equal(entries, strided(self.size, self.num_blocks)):
+        if self._is(strided):
             return y.reshape(*batch, self.size, self.num_blocks)
-        if np.array_equal(entries, contiguous(self.size, self.num_blocks)):
+        if self._is(contiguous):
             y = y.reshape(*batch, self.num_blocks, self.size)
             return jnp.swapaxes(y, -1, -2)
         return y.at[..., entries].get(mode="fill", fill_value=0)
@@ -47,9 +55,9 @@ class BlockOrder(eqx.Module):
     def join(self, parts: Float[Array, "*batch size blocks"]) -> Array:
         """The inverse of `split`."""
         batch, entries = parts.shape[:-2], self.entries
-        if np.array_equal(entries, strided(self.size, self.num_blocks)):
+        if self._is(strided):
             return parts.reshape(*batch, self.state_size)
-        if np.array_equal(entries, contiguous(self.size, self.num_blocks)):
+        if self._is(contiguous):
             return jnp.swapaxes(parts, -1, -2).reshape(*batch, self.state_size)
         places = np.argsort(entries.reshape(-1), kind="stable")[: self.state_size]
         return parts.reshape(*batch, entries.size)[..., places]

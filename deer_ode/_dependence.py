@@ -92,6 +92,8 @@ def dependence(
         return jax.jvp(lambda y: step(y, *inputs), (y,), (t_y,))[1]
 
     program = jax.make_jaxpr(tangent)(y, y, inputs)
+    if size**2 > _MAX_MASK:
+        return None
     num_others = len(body_of(program).invars) - 1
     masks = [np.eye(size, dtype=bool), *[None] * num_others]
     try:

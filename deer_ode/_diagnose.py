@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -23,6 +23,7 @@ from ._growth import largest_growth, log_growth
 from ._misc import ROUNDING_UNITS, is_reasonable
 from ._newton import Newton
 from ._problem import Problem, find_problem
+from ._programs import without_checks
 from ._recurrence import AbstractRecurrence
 from ._solve import Progress
 
@@ -35,51 +36,47 @@ _WORST_GUESS = 0.3
 # --- the iteration ------------------------------------------------------------------
 
 
-def _largest_in_bins(errors):
-    ends = bin_ends(errors.shape[0])
-    which = np.searchsorted(ends, np.arange(errors.shape[0]), side="right")
-    # A segment's maximum passes NaN over.
-    largest = jax.ops.segment_max(
-        jnp.where(jnp.isnan(errors), -jnp.inf, errors),
-        jnp.asarray(which),
-        len(ends),
-        indices_are_sorted=True,
-    )
-    has_nan = jax.ops.segment_max(
-        jnp.isnan(errors).astype(jnp.int32), jnp.asarray(which), len(ends)
-    )
-    return jnp.where(has_nan > 0, jnp.nan, largest)
-
-
 @eqx.filter_jit
 def _begin(newton: Newton, recurrence: AbstractRecurrence) -> Progress:
-    return newton.start(recurrence).begin()
+    progress = without_checks(lambda: newton.start(recurrence).begin())()
+    return jtu.tree_map(jnp.asarray, progress)
 
 
 @eqx.filter_jit
 def _iterate(newton: Newton, recurrence: AbstractRecurrence, progress: Progress):
-    """One iteration, and the largest errors before it."""
+    """One iteration, and the errors of all steps before it."""
     solve = newton.start(recurrence)
     # As if no step were known: the errors of all are to be seen.
     nothing = jnp.asarray(0, jnp.int32)
-    updated = solve.update(
-        solve.recurrence,
-        progress.ys,
-        progress.largest,
-        progress.damping,
-        nothing,
-        progress.at_rounding,
-    )
-    progress = solve.advance(progress, updated, 0, recurrence.num_steps)
-    return progress, _largest_in_bins(updated.error)
+
+    @without_checks
+    def iterate(progress):
+        updated = solve.update(
+            solve.recurrence,
+            progress.ys,
+            progress.largest,
+            progress.damping,
+            nothing,
+            progress.at_rounding,
+        )
+        progress = solve.advance(progress, updated, 0, recurrence.num_steps)
+        return progress, updated.error
+
+    progress, errors = iterate(progress)
+    return jtu.tree_map(jnp.asarray, progress), errors
 
 
 @eqx.filter_jit
 def _finish(newton: Newton, recurrence: AbstractRecurrence, progress: Progress):
     """How far the trajectory is the sequential one, and all of that."""
     solve = newton.start(recurrence)
-    progress = solve.check(progress)
-    return progress.num_good, solve.take_steps(progress).ys
+
+    @without_checks
+    def finish(progress):
+        progress = solve.check(progress)
+        return progress.num_good, solve.take_steps(progress).ys
+
+    return finish(progress)
 
 
 class _Run(NamedTuple):
@@ -100,10 +97,11 @@ def _run(problem: Problem, max_iterations: int) -> _Run:
     recurrence, newton = problem.recurrence, problem.newton
     progress = _begin(newton, recurrence)
     guess = progress.ys
+    starts = np.r_[0, bin_ends(recurrence.num_steps)[:-1]]
     residuals, num_good_steps = [], []
     for _ in range(max_iterations):
         progress, errors = _iterate(newton, recurrence, progress)
-        residuals.append(np.asarray(errors))
+        residuals.append(np.maximum.reduceat(np.asarray(errors), starts))
         num_good_steps.append(int(progress.num_good))
         if num_good_steps[-1] == recurrence.num_steps or bool(progress.is_stuck):
             break
@@ -127,7 +125,8 @@ def _perturbation(problem: Problem, answer: TrajectoryArray) -> np.ndarray | Non
     exact = recurrence.choose(problem.newton.exact_linearisation)
     if not exact.fits(answer.shape[0], answer.shape[1], answer.dtype):
         return None
-    return np.asarray(log_growth(recurrence, exact, answer), np.float64)
+    growth = without_checks(lambda answer: log_growth(recurrence, exact, answer))
+    return np.asarray(growth(answer), np.float64)
 
 
 def _is_exact(problem: Problem) -> bool:

@@ -12,7 +12,7 @@ from ._custom_types import Mask, Trajectory, Y
 from ._discretisation import Discretised, Grid
 from ._foreign import LoopState
 from ._grid import LoopInputs
-from ._misc import always, without_gradient
+from ._misc import always, rows_where, without_gradient
 
 
 class Events(NamedTuple):
@@ -75,12 +75,15 @@ def check_conditions(
     discretised: Discretised,
     trajectory: Trajectory,
 ) -> Events:
-    """`events`, with the checks in the conditions made as far as the solve goes."""
+    """`events` unchanged, once the user's checks within the conditions have been
+    evaluated on the steps up to the event.
+    """
     grid = discretised.grid
-    first = lambda x: jax.vmap(lambda a, x_i: jnp.where(a, x_i, x[0]))(grid.active, x)
-    ys = jtu.tree_map(first, without_gradient(discretised.states(trajectory)))
-    ended = Grid(first(grid.tprev), first(grid.tnext), grid.active)
-    again = find(ended, ys).masks
+    tprev, tnext, ys = grid.tprev, grid.tnext, discretised.states(trajectory)
+    rows = without_gradient((tprev, tnext, ys))
+    first = jtu.tree_map(lambda x: x[0], rows)
+    tprev, tnext, ys = rows_where(grid.active, rows, first)
+    again = find(Grid(tprev, tnext, grid.active), ys).masks
     holds = always(trajectory)
     masks = jtu.tree_map(lambda m, a: jnp.where(holds, m, a), events.masks, again)
     return events._replace(masks=masks)

@@ -8,11 +8,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._counting import is_subsaveat
-from ._custom_types import Trajectory, Y
+from ._custom_types import Trajectory
 from ._discretisation import tracing_steps
 from ._foreign import LoopState, advance, linear_rescale
 from ._grid import LoopInputs
-from ._misc import count_true, state_at
+from ._misc import count_true
 from ._saving import SolvedGrid, save, set_where
 from ._solver import DEERState
 from ._solving import Outcome, Solved
@@ -23,7 +23,7 @@ def final_state(
 ) -> LoopState:
     grid = _solved_grid(state, solved, outcome)
     num_made = count_true(grid.made())
-    tprev = _at_last(outcome.num_steps, solved.grid.tnext, state.tprev)
+    tprev = _at_last(outcome.num_steps, solved.grid.ends, state.tprev)
     controller_state = advance(
         inputs.stepsize_controller, state.controller_state, num_made
     )
@@ -36,9 +36,10 @@ def final_state(
             num_rejected = refined.num_guess_steps - num_made
     made_jump = state.made_jump
     if not isinstance(made_jump, bool):
-        made_jump = made_jump & ~(outcome.num_steps > 0)  # as if none ended at a jump
+        # Steps begin from rest, so the next solve does not look at it.
+        made_jump = made_jump & ~(outcome.num_steps > 0)
     return LoopState(
-        y=_last_state(state, solved, outcome),
+        y=_at_last(outcome.num_steps, grid.ys, state.y),
         tprev=tprev,
         tnext=tprev,
         made_jump=made_jump,
@@ -75,12 +76,6 @@ def _solved_grid(state: LoopState, solved: Solved, outcome: Outcome) -> SolvedGr
     )
 
 
-def _last_state(state: LoopState, solved: Solved, outcome: Outcome) -> Y:
-    recurrence = solved.discretised.recurrence
-    y0, ys = recurrence.flattener.flatten(state.y), recurrence.states(solved.trajectory)
-    return recurrence.flattener.unflatten(state_at(y0, ys, outcome.num_steps))
-
-
 def _solver_state(inputs: LoopInputs, state: LoopState, solved: Solved) -> DEERState:
     ys = solved.discretised.recurrence.states(solved.found)
     return DEERState(
@@ -92,7 +87,9 @@ def _solver_state(inputs: LoopInputs, state: LoopState, solved: Solved) -> DEERS
 def _padded(
     states: Trajectory, max_steps: int | None
 ) -> Float[Array, "max_steps state"]:
-    """As many whatever is known of the steps, so that they fit the next solve."""
+    """With the last state repeated, one row for each step of `max_steps`: the shape
+    does not depend on whether steps were counted.
+    """
     num_more = 0 if max_steps is None else max(max_steps - states.shape[0], 0)
     return jnp.pad(states, ((0, num_more), (0, 0)), mode="edge")
 
@@ -125,7 +122,7 @@ def _dense_fields(
     made = grid.made()
     ts = jnp.asarray(state.dense_ts)
     return dict(
-        dense_ts=set_where(ts, 1, made, solved.grid.tnext),
+        dense_ts=set_where(ts, 1, made, solved.grid.ends),
         dense_infos=jtu.tree_map(
             lambda buffer, info: set_where(buffer, 0, made, info),
             state.dense_infos,
@@ -136,16 +133,12 @@ def _dense_fields(
 
 
 def _event_fields(state: LoopState, solved: Solved, outcome: Outcome) -> dict[str, Any]:
-    events = solved.events
-    of_steps = dict(
-        event_tprev=solved.grid.tprev,
-        event_tnext=solved.grid.tnext,
-        event_dense_info=solved.steps.dense_info,
-        event_values=events and events.values,
-        event_mask=events and events.masks,
-    )
-    if events is None:
-        return dict.fromkeys(of_steps)
+    names = "tprev tnext dense_info values mask".split()
+    if (events := solved.events) is None:
+        return {f"event_{name}": None for name in names}
+    grid, info = solved.grid, solved.steps.dense_info
+    now = (grid.tprev, grid.tnext, info, events.values, events.masks)
+    of_steps = {f"event_{name}": x for name, x in zip(names, now, strict=True)}
     before = {name: getattr(state, name) for name in of_steps}
     return _at_last(outcome.num_steps, of_steps, before)
 
@@ -154,17 +147,7 @@ def stats(solved: Solved, outcome: Outcome) -> dict[str, Any]:
     solution = solved.solution
     nonfinite = solution.first_nonfinite_step
     indices = jnp.arange(solved.grid.num_steps, dtype=jnp.int32)
-    refined = solved.refined
-    meshes = (
-        {}
-        if refined is None
-        else dict(
-            num_meshes=refined.num_meshes,
-            num_mesh_steps=refined.num_mesh_steps,
-            num_guess_steps=refined.num_guess_steps,
-        )
-    )
-    return dict(
+    out = dict(
         path=solved.method.path(solved.discretised.recurrence),
         **solution.stats(),
         # Neither padding nor what comes after an event counts.
@@ -172,5 +155,11 @@ def stats(solved: Solved, outcome: Outcome) -> dict[str, Any]:
         num_fallback_steps=jnp.sum(
             solution.is_sequential & (indices < outcome.num_steps), dtype=jnp.int32
         ),
-        **meshes,
     )
+    if (refined := solved.refined) is not None:
+        out |= dict(
+            num_meshes=refined.num_meshes,
+            num_mesh_steps=refined.num_mesh_steps,
+            num_guess_steps=refined.num_guess_steps,
+        )
+    return out

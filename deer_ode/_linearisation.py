@@ -85,7 +85,43 @@ class AbstractLinearisation(eqx.Module):
         del num_steps, state_size, dtype
 
 
-class Dense(AbstractLinearisation):
+class AbstractLimited(AbstractLinearisation):
+    """A linearisation that may take more memory than there is."""
+
+    max_bytes: eqx.AbstractVar[int | None]
+    """The most that Jacobians may take at a time, if there is a limit."""
+
+    @abc.abstractmethod
+    def num_entries(self, state_size: int) -> int:
+        """How many numbers the Jacobian of one step holds."""
+
+    def _num_bytes(self, num_steps: int, state_size: int, dtype: np.dtype) -> int:
+        return num_steps * self.num_entries(state_size) * np.dtype(dtype).itemsize
+
+    def fits(self, num_steps, state_size, dtype):
+        if self.max_bytes is None:
+            return True
+        return self._num_bytes(num_steps, state_size, dtype) <= self.max_bytes
+
+    def check_size(self, num_steps, state_size, dtype):
+        if not self.fits(num_steps, state_size, dtype):
+            needed = self._num_bytes(num_steps, state_size, dtype)
+            kind = "dense Jacobians" if self.is_dense else "blocks of the Jacobians"
+            raise ValueError(
+                f"The {kind} of {num_steps} steps of a state of {state_size} "
+                f"numbers ({np.dtype(dtype).name}) need {needed:,} bytes, more than "
+                f"the {self.max_bytes:,} allowed. Take several explicit steps as one "
+                "(`Newton(chunk=...)`), solve in shorter windows "
+                "(`Newton(window=Window(...))`, or, for derivatives as well, "
+                "`DEER(..., num_substeps=...)` in `diffrax.diffeqsolve`), keep only "
+                "the diagonal (`Newton(linearisation=Diagonal())`; derivatives of "
+                "differential equations need all of it all the same), divide the "
+                "state into heads that do not depend on each other, or, if the memory "
+                "is there, allow it (`Newton(linearisation=Exact(max_bytes=...))`)."
+            )
+
+
+class Dense(AbstractLimited):
     r"""The whole Jacobian, $\partial f_i / \partial y_{i-1}$: Newton's method (DEER).
 
     Converges quadratically. Costs `state` tangents per step of the base solver and
@@ -121,28 +157,8 @@ class Dense(AbstractLinearisation):
         A, value = jax.jacfwd(with_value, has_aux=True)(y)
         return value, DenseTransition(A)
 
-    def num_bytes(self, num_steps: int, state_size: int, dtype: np.dtype) -> int:
-        """Memory that the Jacobians of all steps take."""
-        return num_steps * DenseTransition.bytes_per_step(state_size, dtype)
-
-    def fits(self, num_steps, state_size, dtype):
-        return self.num_bytes(num_steps, state_size, dtype) <= self.max_bytes
-
-    def check_size(self, num_steps, state_size, dtype):
-        if not self.fits(num_steps, state_size, dtype):
-            needed = self.num_bytes(num_steps, state_size, dtype)
-            raise ValueError(
-                f"The dense Jacobians of {num_steps} steps of a state of {state_size} "
-                f"numbers ({np.dtype(dtype).name}) need {needed:,} bytes, more than "
-                f"the {self.max_bytes:,} allowed. Take several explicit steps as one "
-                "(`Newton(chunk=...)`), solve in shorter windows "
-                "(`Newton(window=Window(...))`, or, for derivatives as well, "
-                "`DEER(..., num_substeps=...)` in `diffrax.diffeqsolve`), keep only "
-                "the diagonal (`Newton(linearisation=Diagonal())`; derivatives of "
-                "differential equations need all of it all the same), divide the "
-                "state into heads that do not depend on each other, or, if the memory "
-                "is there, allow it (`Newton(linearisation=Dense(max_bytes=...))`)."
-            )
+    def num_entries(self, state_size):
+        return state_size**2
 
 
 Dense.__init__.__doc__ = """**Arguments:**
@@ -161,7 +177,7 @@ def _linearize(step, y: State, has_aux: bool) -> tuple[Any, Callable[[State], St
     return (value, aux), pushforward
 
 
-class Blockwise(AbstractLinearisation):
+class Blockwise(AbstractLimited):
     """Diagonal blocks, one tangent for all of them together.
 
     Exact where the map has this structure. Where it has not, what other blocks
@@ -170,10 +186,15 @@ class Blockwise(AbstractLinearisation):
 
     order: BlockOrder
     has_structure: bool = eqx.field(static=True)
+    max_bytes: int | None = eqx.field(static=True, default=None)
 
     @property
     def is_exact(self):
         return self.has_structure
+
+    def num_entries(self, state_size):
+        del state_size
+        return self.order.size**2 * self.order.num_blocks
 
     def for_map(self, groups, state_size):
         del groups, state_size
@@ -226,7 +247,7 @@ class BlockDiagonal(AbstractLinearisation):
                 "sizes."
             )
         order = BlockOrder(contiguous(self.size, num_blocks), state_size)
-        return Blockwise(order, _has_blocks(groups, order))
+        return Blockwise(order=order, has_structure=_has_blocks(groups, order))
 
     def __call__(self, step, y, has_aux=False):
         return self.for_map(lambda: None, y.shape[0])(step, y, has_aux)
@@ -254,7 +275,9 @@ class Diagonal(AbstractLinearisation):
 
     def for_map(self, groups, state_size):
         order = BlockOrder(strided(1, state_size), state_size)
-        return Blockwise(order, True) if _has_blocks(groups, order) else self
+        if not _has_blocks(groups, order):
+            return self
+        return Blockwise(order=order, has_structure=True)
 
     def __call__(self, step, y, has_aux=False):
         value, pushforward = _linearize(step, y, has_aux)
@@ -280,7 +303,9 @@ class PairedDiagonal(AbstractLinearisation):
 
     def for_map(self, groups, state_size):
         order = self._order(state_size)
-        return Blockwise(order, True) if _has_blocks(groups, order) else self
+        if not _has_blocks(groups, order):
+            return self
+        return Blockwise(order=order, has_structure=True)
 
     def _order(self, state_size: int) -> BlockOrder:
         if state_size % 2 != 0:
@@ -324,8 +349,9 @@ class Exact(AbstractLinearisation):
 
     def for_map(self, groups, state_size):
         found = groups() if state_size > 1 else None
-        order = None if found is None else find_blocks(found)
-        return Dense(self.max_bytes) if order is None else Blockwise(order, True)
+        if found is None or (order := find_blocks(found)) is None:
+            return Dense(self.max_bytes)
+        return Blockwise(order=order, has_structure=True, max_bytes=self.max_bytes)
 
     def __call__(self, step, y, has_aux=False):
         # Not asked beforehand what there is, all that is there is kept.
@@ -334,7 +360,8 @@ class Exact(AbstractLinearisation):
 
 Exact.__init__.__doc__ = """**Arguments:**
 
-- `max_bytes`: as for [`deer_ode.Dense`][], where there are no blocks.
+- `max_bytes`: the most memory, in bytes, that Jacobians may take at a time, as for
+    [`deer_ode.Dense`][].
 """
 
 
@@ -387,5 +414,6 @@ class SharedJacobian(AbstractLinearisation):
 
 SharedJacobian.__init__.__doc__ = """**Arguments:**
 
-- `max_bytes`: as for [`deer_ode.Dense`][], where there are no blocks.
+- `max_bytes`: the most memory, in bytes, that Jacobians may take at a time, as for
+    [`deer_ode.Dense`][].
 """

@@ -17,7 +17,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ._custom_types import Mask
 from ._discretisation import Grid
@@ -31,6 +31,12 @@ def _sorted_times(ts: Any) -> Any:
     ts = jnp.asarray(ts)
     is_float = jnp.issubdtype(ts.dtype, jnp.floating)
     return jnp.sort(ts if is_float else ts.astype(float))
+
+
+def _shared(controller: Any) -> dict[str, Any]:
+    """The options that `MeshRefinement` has in common with `diffrax.PIDController`."""
+    names = "rtol atol norm dtmin dtmax force_dtmin safety error_order".split()
+    return {name: getattr(controller, name) for name in names}
 
 
 class MeshRefinement(diffrax.AbstractAdaptiveStepSizeController):
@@ -107,19 +113,15 @@ class MeshRefinement(diffrax.AbstractAdaptiveStepSizeController):
 
     def _sequential(self) -> Any:
         """The same for sequential steps."""
-        pid = diffrax.PIDController(
-            rtol=self.rtol,
-            atol=self.atol,
-            norm=self.norm,
-            dtmin=self.dtmin,
-            dtmax=self.dtmax,
-            force_dtmin=self.force_dtmin,
-            safety=self.safety,
-            error_order=self.error_order,
-        )
+        pid = diffrax.PIDController(**_shared(self))
         if self.step_ts is None and self.jump_ts is None:
             return pid
         return diffrax.ClipStepSizeController(pid, self.step_ts, self.jump_ts)
+
+    def given(self, dtype: Any) -> Float[Array, " given"]:
+        """The times at which a step has to end."""
+        times = [ts for ts in (self.step_ts, self.jump_ts) if ts is not None]
+        return jnp.concatenate([jnp.zeros(0, dtype), *(t.astype(dtype) for t in times)])
 
     def wrap(self, direction):
         turn = lambda ts: None if ts is None else jnp.sort(ts * direction)
@@ -173,31 +175,17 @@ def as_mesh_refinement(
         return dataclasses.replace(inner, step_ts=step_ts, jump_ts=jump_ts)
     if type(controller) is not diffrax.PIDController:
         return None
-    pid: Any = controller
-    return MeshRefinement(
-        rtol=pid.rtol,
-        atol=pid.atol,
-        norm=pid.norm,
-        dtmin=pid.dtmin,
-        dtmax=pid.dtmax,
-        force_dtmin=pid.force_dtmin,
-        safety=pid.safety,
-        error_order=pid.error_order,
-    )
+    return MeshRefinement(**_shared(controller))
 
 
-def given_times(
-    controller: diffrax.AbstractStepSizeController, t0, t1
-) -> Float[Array, " given"]:
+def given_times(mesh: MeshRefinement | None, t0, t1) -> Float[Array, " given"]:
     """The times that the user gave, as far as the controller is known: the ends of the
     interval, and where a step has to end.
     """
-    mesh, t1 = as_mesh_refinement(controller), jnp.asarray(t1)
-    given = () if mesh is None else (mesh.step_ts, mesh.jump_ts)
-    within = [jnp.asarray(ts, t1.dtype) for ts in given if ts is not None]
-    return jnp.sort(
-        jnp.concatenate([jnp.asarray(t0, t1.dtype)[None], *within, t1[None]])
-    )
+    t1 = jnp.asarray(t1)
+    ends = jnp.stack([jnp.asarray(t0, t1.dtype), t1])
+    within = ends[:0] if mesh is None else mesh.given(t1.dtype)
+    return jnp.sort(jnp.concatenate([ends, within]))
 
 
 def moved_with(
@@ -236,20 +224,10 @@ class Mesh(NamedTuple):
         if jump_ts is not None:
             # The field is evaluated on the step's own side.
             jump_ts, end = jump_ts.astype(tprev.dtype), self.points[-1]
-            is_jump = lambda ts: _is_among(ts, jump_ts) & (ts < end)
+            is_jump = lambda ts: jnp.isin(ts, jump_ts) & (ts < end)
             tprev = jnp.where(is_jump(tprev), nextafter(tprev), tprev)
             tnext = jnp.where(is_jump(tnext), prevbefore(tnext), tnext)
-        return Grid(tprev, tnext, self.active)
-
-
-def _is_among(
-    ts: Float[Array, " times"], those: Float[Array, " others"]
-) -> Bool[Array, " times"]:
-    """Which of `ts` are one of `those`, which ascend."""
-    if those.shape[0] == 0:
-        return jnp.zeros(ts.shape, bool)
-    index = jnp.clip(jnp.searchsorted(those, ts), 0, those.shape[0] - 1)
-    return those[index] == ts
+        return Grid(tprev, tnext, self.active, has_jumps=jump_ts is not None)
 
 
 def redistribute(
@@ -264,7 +242,7 @@ def redistribute(
     """
     dtype, num_segments = points.dtype, fixed.shape[0] + 1
     # What is there twice is kept once.
-    is_kept = _is_among(points[1:], fixed) & (jnp.diff(points) > 0)
+    is_kept = jnp.isin(points[1:], fixed) & (jnp.diff(points) > 0)
     before = jnp.concatenate([jnp.zeros(1, bool), is_kept[:-1]])
     segment = jnp.cumsum(before, dtype=jnp.int32)
     wanted = jax.ops.segment_sum(parts, segment, num_segments)
@@ -313,14 +291,9 @@ def wanted_lengths(
 
 def tightened(controller: MeshRefinement) -> MeshRefinement:
     """The tolerance that is aimed at, which may be tighter than the given one."""
-    rtol = controller.rtol
-    if isinstance(rtol, int | float):
-        factor = MESH_LOOSEST / rtol if rtol > MESH_LOOSEST else 1.0
-    else:
-        is_loose = rtol > MESH_LOOSEST
-        factor = jnp.where(is_loose, MESH_LOOSEST / jnp.where(is_loose, rtol, 1), 1)
+    factor = MESH_LOOSEST / jnp.maximum(controller.rtol, MESH_LOOSEST)
     return eqx.tree_at(
         lambda c: (c.rtol, c.atol),
         controller,
-        (rtol * factor, controller.atol * factor),
+        (controller.rtol * factor, controller.atol * factor),
     )

@@ -178,7 +178,7 @@ class Sequential(AbstractMethod):
 
     @property
     def guess(self):
-        return Adaptive()  # not looked at
+        return Adaptive()  # where `diagnose` starts
 
     @property
     def fallback(self):

@@ -163,6 +163,11 @@ def select(which: Bool[Array, ""], yes: PyTree, no: PyTree) -> PyTree:
     return jtu.tree_map(lambda a, b: jnp.where(which, a, b), yes, no)
 
 
+def rows_where(mask: Bool[Array, " rows"], rows: PyTree, other: PyTree) -> PyTree:
+    """The rows of each leaf where `mask` is true, and `other` in place of the rest."""
+    return jax.vmap(select, in_axes=(0, 0, None))(mask, rows, other)
+
+
 def without_gradient(tree: PyTree) -> PyTree:
     """`jax.lax.stop_gradient` of all that can have one."""
     return jtu.tree_map(

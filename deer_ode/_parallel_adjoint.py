@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import diffrax
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ._counting import KnownSteps
@@ -115,16 +114,18 @@ def _on_a_mesh(
     # mesh would be fine enough.
     must_be = recurrence.solves_equations or inputs.is_endless
     if is_sequential or must_be:
-        refined = sequential_mesh(
-            *(inputs.solver.solver, inputs.terms, inputs.args, controller, order),
-            *(state, jnp.asarray(inputs.t1), discretised.grid.num_steps),
-        )
+        refined = sequential_mesh(inputs, state, order, discretised.grid.num_steps)
     else:
         refined = _refined(inputs, state, discretised, method, order)
     # The mesh has no derivatives, but the times that it was made for may.
-    given, grid = given_times(controller, state.tprev, inputs.t1), refined.grid
-    moved = lambda times: moved_with(given, times)
-    grid = Grid(moved(grid.tprev), moved(grid.tnext), grid.active)
+    mesh, grid = as_mesh_refinement(controller), refined.grid
+    given = given_times(mesh, state.tprev, inputs.t1)
+    grid = Grid(
+        moved_with(given, grid.tprev),
+        moved_with(given, grid.tnext),
+        grid.active,
+        has_jumps=mesh is None or mesh.jump_ts is not None,
+    )
     if discretised.has_draws:
         return _discretised(inputs, state, grid), refined
     return discretised.on(grid), refined

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._auto import Auto
-from ._counting import time_dtype
+from ._counting import count_even_steps, time_dtype
 from ._damping import Undamped
 from ._discretisation import (
     AbstractImplicitTerm,
@@ -22,7 +22,7 @@ from ._discretisation import (
     consistent_initial_values,
     discretise,
 )
-from ._foreign import even_steps, num_even_steps, wrap
+from ._foreign import even_steps, wrap
 from ._integrate import diffeqsolve
 from ._method import AbstractMethod
 from ._misc import StateFlattener
@@ -94,9 +94,10 @@ def _check_controller(controller) -> None:
         )
 
 
-def _even_points(t0, t1, dt0, dtype) -> np.ndarray:
+def _even_points(t0, t1, dt0, saveat) -> np.ndarray:
     """Diffrax's rule: the first step is `dt0` long, the others divide evenly."""
-    count = num_even_steps(t0, t1, dt0)
+    count, _ = count_even_steps(t0, t1, dt0, saveat)
+    assert count is not None  # or the call that is diagnosed had raised
     # Compiled as it is in a solve, since XLA rounds constants its own way.
     first = t0 + dt0 if count > 1 else t1
     tnext = jax.jit(lambda: even_steps(t0, first, t1, count)[1])()
@@ -125,7 +126,7 @@ def _points(arguments: dict) -> np.ndarray:
         )
     if isinstance(controller, diffrax.StepTo):
         return _given_points(np.asarray(controller.ts).astype(dtype), t0, t1)
-    return _even_points(t0, t1, dtype.type(dt0), dtype)
+    return _even_points(t0, t1, dtype.type(dt0), arguments["saveat"])
 
 
 def _differential_equation(arguments: dict) -> Problem:
@@ -147,6 +148,7 @@ def _differential_equation(arguments: dict) -> Problem:
     if arguments["solver_state"] is not None:
         ys = arguments["solver_state"].ys
         if ys.shape[0] > 0:
+            ys = ys[: grid.num_steps]  # without what it has for padding
             guess = Trajectory(jax.vmap(StateFlattener(y0).unflatten)(ys))
     plan = solver.method.plan(recurrence, default_platform())
     return Problem(recurrence, _plain(solver.method, guess), plan, points, "time")

@@ -19,7 +19,13 @@ from ._custom_types import Mask, State, Trajectory
 from ._dependence import dependence
 from ._failure import NOT_CONVERGED, NOT_FINITE
 from ._linearisation import AbstractLinearisation
-from ._misc import StateFlattener, finite, previous_states, running_max
+from ._misc import (
+    StateFlattener,
+    finite,
+    previous_states,
+    rows_where,
+    running_max,
+)
 from ._programs import without_checks
 
 
@@ -379,9 +385,9 @@ class Recurrence(AbstractMapRecurrence):
 
     def until(self, num_steps):
         """Steps after it repeat the first input."""
-        steps = jnp.arange(self.num_steps, dtype=jnp.int32)
-        keep = lambda x: jax.vmap(lambda i, x_i: jnp.where(i < num_steps, x_i, x[0]))
-        xs = jtu.tree_map(lambda x: keep(x)(steps, x), self.xs)
+        is_made = jnp.arange(self.num_steps, dtype=jnp.int32) < num_steps
+        first = jtu.tree_map(lambda x: x[0], self.xs)
+        xs = rows_where(is_made, self.xs, first)
         return eqx.tree_at(lambda r: r.xs, self, xs)
 
     def largest_scale(self, scale, stride=1):

@@ -11,7 +11,6 @@ makes the mesh instead.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.lax as lax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int
 
-from ._custom_types import Args, Mask, Trajectory
+from ._custom_types import Mask, Trajectory
 from ._discretisation import (
     AdaptiveSolution,
     Discretised,
@@ -29,6 +28,7 @@ from ._discretisation import (
     solve_adaptively,
 )
 from ._foreign import LoopState
+from ._grid import LoopInputs
 from ._implicit import solve_trajectory
 from ._mesh import Mesh, MeshRefinement, redistribute, tightened, wanted_lengths
 from ._method import AbstractMethod, TrajectorySolution
@@ -121,19 +121,13 @@ class Refinement(eqx.Module):
     def _fixed(self) -> Float[Array, " fixed"]:
         """Points of every mesh: the given ones within the interval, and its end."""
         t0, t1 = self._ends
-        given = (self.controller.step_ts, self.controller.jump_ts)
-        those = [jnp.asarray(ts, t1.dtype) for ts in given if ts is not None]
-        those = jnp.concatenate([*those, t1[None]])
+        those = jnp.append(self.controller.given(t1.dtype), t1)
         return jnp.sort(jnp.where((those > t0) & (those < t1), those, t1))
 
     @property
     def _ends(self):
         grid = self.discretised.grid
         return grid.tprev[0], grid.tnext[-1]
-
-    @property
-    def _has_given_times(self) -> bool:
-        return not (self.controller.step_ts is None and self.controller.jump_ts is None)
 
     def _guess(self) -> AdaptiveSolution | None:
         recurrence, (t0, t1) = self.discretised.recurrence, self._ends
@@ -147,7 +141,7 @@ class Refinement(eqx.Module):
                 recurrence.ode,
                 *(t0, t1, (t1 - t0) / MESH_UNIFORM, y0, rtol, recurrence.is_stiff),
                 *(most, FEWEST_GUESS_STEPS),
-                self._fixed if self._has_given_times else None,
+                self._fixed if self._fixed.size > 1 else None,
             )
 
     def _on(self, mesh: Mesh) -> Discretised:
@@ -290,49 +284,55 @@ class Refinement(eqx.Module):
             end.is_done, end.solved.num_steps, end.mesh.num_steps
         )
         return Refined(
-            *(grid, end.solution, end.num_accurate),
-            *(end.num_meshes, num_mesh_steps, num_guess_steps),
+            grid=grid,
+            solution=end.solution,
+            num_accurate=end.num_accurate,
+            num_meshes=end.num_meshes,
+            num_mesh_steps=num_mesh_steps,
+            num_guess_steps=num_guess_steps,
         )
 
 
 def sequential_mesh(
-    solver: diffrax.AbstractSolver,
-    terms: Any,
-    args: Args,
-    controller: diffrax.AbstractStepSizeController,
-    order: Any,
-    state: LoopState,
-    t1: Any,
-    max_steps: int,
+    inputs: LoopInputs, state: LoopState, order: Any, max_steps: int
 ) -> Refined:
-    """The steps that Diffrax's own loop would make, by its own controller."""
+    """The steps that Diffrax's own loop would make, by its own controller, whatever
+    ends the solve before the interval does.
+    """
 
     def run(terms, args, controller, order, state, t1):
         end = adaptive_steps(
-            *(solver, terms, state.y, args, controller, state.controller_state),
+            *(inputs.solver.solver, terms, state.y, args),
+            *(controller, state.controller_state),
             *(jnp.asarray(state.tprev), jnp.asarray(state.tnext), t1),
             *(order, max_steps),
             has_infos=False,
         )
         num_steps = end.num_accepted
         is_end = end.tprev >= t1
-        # A step that was given up is there, and is not accurate.
+        # The step at which the controller gave up is the last one of the grid, and not
+        # counted as accurate, so that the solve ends there with `dt_min_reached`.
         gave_up = end.is_too_short | (~is_end & (end.num_attempts < max_steps))
         num_active = num_steps + jnp.where(gave_up, 1, 0)
         steps = jnp.arange(max_steps, dtype=jnp.int32)
         hold = lambda x: jnp.where(steps < num_steps, x, end.tprev)
         tnext = jnp.where(steps == num_steps, end.tnext, hold(end.ends))
-        grid = Grid(hold(end.starts), tnext, steps < num_active)
-        num_wanted = jnp.where(is_end | gave_up, num_steps, 4 * max_steps)
-        one = jnp.asarray(1, jnp.int32)
         return Refined(
-            *(grid, None, num_steps, one, num_wanted, end.num_attempts),
-            end.controller_state,
+            grid=Grid(hold(end.starts), tnext, steps < num_active),
+            solution=None,
+            num_accurate=num_steps,
+            num_meshes=jnp.asarray(1, jnp.int32),
+            num_mesh_steps=jnp.where(is_end | gave_up, num_steps, 4 * max_steps),
+            num_guess_steps=end.num_attempts,
+            controller_state=end.controller_state,
         )
 
-    inputs = (terms, args, controller, order, state, t1)
-    program = Program.of(run, *inputs)
-    return without_gradient(program)(*without_gradient(inputs))
+    traced = (
+        *(inputs.terms, inputs.args, inputs.stepsize_controller, order, state),
+        jnp.asarray(inputs.t1),
+    )
+    program = Program.of(run, *traced)
+    return without_gradient(program)(*without_gradient(traced))
 
 
 def refine(refinement: Refinement) -> Refined:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 from ._custom_types import Args, StepCounts, Y
 from ._discretisation import Grid
 from ._foreign import SaveState
-from ._misc import count_true
+from ._misc import count_true, rows_where
 
 
 class SolvedGrid(eqx.Module):
@@ -65,7 +65,9 @@ def _scatter(buffer, positions, value):
 
 
 class _Saves(NamedTuple):
-    """What one kind of save (`ts` or `steps`) writes."""
+    """What one kind of save (`ts` or `steps`) writes. What is not reached is evaluated
+    at the start, where all is finite.
+    """
 
     times: Array
     states: Y
@@ -87,7 +89,6 @@ def _saves_at_times(
     else:
         last = jnp.where(num_made > 0, tnext[jnp.maximum(num_made - 1, 0)], -jnp.inf)
         reached = ts <= last
-        # What is not reached is evaluated at the start, where all is finite.
         index = jnp.where(reached, index, 0)
         times = jnp.where(reached, ts, solved.grid.tprev[0])
         states = solved.evaluate(times, index)
@@ -99,11 +100,15 @@ def _saves_at_times(
 
 def _saves_after_steps(every: int, ts: Array | None, solved: SolvedGrid) -> _Saves:
     take = lambda x: x[every - 1 :: every]
-    times = take(solved.grid.tnext)
+    times, mask = take(solved.grid.ends), take(solved.made())
     order = jnp.arange(times.shape[0], dtype=jnp.int32)
     if ts is not None:
         order += jnp.searchsorted(ts, times, side="right").astype(jnp.int32)
-    return _Saves(times, jtu.tree_map(take, solved.ys), take(solved.made()), order)
+    states = jtu.tree_map(take, solved.ys)
+    if not solved.are_all_made:
+        start = solved.grid.tprev[0], solved.y0
+        times, states = rows_where(mask, (times, states), start)
+    return _Saves(times, states, mask, order)
 
 
 def save(

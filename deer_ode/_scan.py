@@ -20,7 +20,13 @@ from ._method import (
     TrajectorySolution,
     sequential_solution,
 )
-from ._misc import StateFlattener, describe, previous_states
+from ._misc import (
+    StateFlattener,
+    describe,
+    previous_states,
+    rows_where,
+    without_gradient,
+)
 from ._plan import default_platform
 from ._predictor import AbstractPredictor, Trajectory
 from ._recurrence import Recurrence
@@ -37,13 +43,15 @@ class RecurrenceSolution(NamedTuple):
         takes: the next solve of a problem nearby starts from here.
     - `result`: an `optimistix.RESULTS`.
     - `stats`: `path` (`"sequential"` or `"newton"`), `num_steps`, `num_good_steps` (how
-        many of them are the answer: all but with `fallback=False`; after them are
-        infinities), `num_newton_steps`,
-        `newton_residual` (the largest residual, in units of the carry, before the last
-        correction), `newton_damping` (the largest $\lambda$), `num_windows` (how often
-        a window moved on, and one), `num_fallback_steps` (how many steps were taken
+        many steps are the answer: all of them with a fallback; without one `carries`
+        and `ys` are infinite from there on), `num_newton_steps`, `newton_residual` (the
+        largest residual, in units of the carry, before the last correction),
+        `newton_damping` (the largest $\lambda$), `num_windows` (how often a window
+        moved on, and one), `num_fallback_steps` (how many steps were taken
         sequentially) and `first_nonfinite_step` (the first of `xs` after which the
-        carry is not finite, in the order of solving; -1 if there is none).
+        carry is not finite, in the order of solving; -1 if there is none). Of several
+        solves together (`MultiHeadGRU`, `Bidirectional`) there are only the numbers of
+        steps and `newton_residual`.
     """
 
     carry: PyTree[Array]
@@ -214,7 +222,7 @@ def solve_recurrence(
     if reverse:
         xs = _flip(xs)
         guess = _flip(guess) if isinstance(guess, Trajectory) else guess
-    method = method.start_from(lax.stop_gradient(guess))
+    method = method.start_from(without_gradient(guess))
 
     carries, solution, path = _solve_carries(f, init, xs, num_steps, method)
     carry = jtu.tree_map(lambda x: x[-1], carries)
@@ -314,18 +322,12 @@ def _outputs(f, init, xs, carries, num_good, structure):
     """
     if len(jtu.tree_leaves(structure)) == 0:
         return structure
-    before = jtu.tree_map(previous_states, init, carries)
+    before, is_good = jtu.tree_map(previous_states, init, carries), None
     if num_good is not None:
         # What comes after it means nothing, so no check may see it.
         num_steps = jtu.tree_leaves(carries)[0].shape[0]
         is_good = jnp.arange(num_steps, dtype=jnp.int32) < num_good
-        before = jtu.tree_map(
-            lambda x, first: jax.vmap(lambda g, x_i: jnp.where(g, x_i, first))(
-                is_good, x
-            ),
-            before,
-            init,
-        )
+        before = rows_where(is_good, before, init)
     shapes = jtu.tree_leaves(structure)
     with jax.default_matmul_precision("highest"):
         program = body_of(jax.make_jaxpr(f)(init, _one_of(xs)))
@@ -338,8 +340,10 @@ def _outputs(f, init, xs, carries, num_good, structure):
     ):
         # A carry that is put out need not be worked out again.
         same = [k for k, carry in enumerate(new_carry) if carry is var]
-        leaf = known[same[0]] if same else leaf
-        leaves.append(leaf.astype(shape.dtype))
+        leaf = (known[same[0]] if same else leaf).astype(shape.dtype)
+        if is_good is not None and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            leaf = rows_where(is_good, leaf, jnp.inf)
+        leaves.append(leaf)
     return jtu.tree_unflatten(jtu.tree_structure(structure), leaves)
 
 

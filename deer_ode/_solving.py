@@ -86,10 +86,16 @@ def solve(
         events = events._replace(happened=events.happened & always(trajectory))
         if conditions.has_checks:
             events = check_conditions(events, find, discretised, trajectory)
-    steps = discretised.take_steps(trajectory)
     return Solved(
-        *(grid, discretised, method, solution, found, trajectory, steps, events),
-        refined,
+        grid=grid,
+        discretised=discretised,
+        method=method,
+        solution=solution,
+        found=found,
+        trajectory=trajectory,
+        steps=discretised.take_steps(trajectory),
+        events=events,
+        refined=refined,
     )
 
 
@@ -117,7 +123,7 @@ class Outcome(NamedTuple):
     num_steps: Int[Array, ""]
     result: Any
     num_until: Int[Array, ""]
-    """As `num_steps`, if Newton's method had found all steps."""
+    """Where the solve would have ended if Newton's method had found all steps."""
     is_short: Bool[Array, ""]
     """Whether it did not find all of these."""
     are_all_made: bool
@@ -168,7 +174,8 @@ def raise_failure(inputs: LoopInputs, solved: Solved, outcome: Outcome) -> Solve
     if (failed := solved.failed) is not None:
         last = jnp.maximum(outcome.num_until - 1, 0)
         step = jnp.where(outcome.is_short, step, last)
-        is_failed = outcome.is_short | failed[step]
+        # An event in the step that failed ends the solve before its failure counts.
+        is_failed = outcome.is_short | (failed[step] & ~diffrax.is_okay(outcome.result))
     recurrence = without_gradient(solved.discretised.recurrence)
     start = state_at(recurrence.y0, lax.stop_gradient(solved.trajectory), step)
     one = recurrence.part(step, 1, start)

@@ -12,8 +12,8 @@ class Window(eqx.Module):
     converge. States that enter it are guessed from the end of the window at that time,
     by the method's own predictor. If it has neither advanced by a quarter of its length
     nor halved the residual in 8 iterations, the states that have not converged are
-    replaced by the last one that has; if that fails too, as many steps as the window is
-    long are sequential, the next time twice as many, and so on.
+    replaced by the last one that has; if that fails too, four times as many steps as
+    the window is long are sequential, the next time 16 times as many, and so on.
 
     ??? cite "Reference"
 

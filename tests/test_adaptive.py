@@ -50,7 +50,9 @@ def recurrence(solver, field=van_der_pol, y0=(2.0, 0.0), num_steps=1000, t1=40.0
     return discretise(solver, term, grid, jnp.asarray(y0), None).recurrence
 
 
-@pytest.mark.parametrize("rtol, most", [(1e-3, 5e-2), (1e-6, 1e-3)])
+@pytest.mark.parametrize(
+    "rtol, most", [pytest.param(1e-3, 5e-2, marks=pytest.mark.slow), (1e-6, 1e-3)]
+)
 def test_it_is_as_near_as_asked(rtol, most):
     """Van der Pol's phase errors are some hundred times the tolerance."""
     guess = recurrence(diffrax.Tsit5()).adaptive_trajectory(rtol)
@@ -101,7 +103,11 @@ def test_nothing_but_padding():
 
 def test_a_batch_is_guessed_member_by_member():
     """Members that end early stay as they are."""
-    guess = lambda y0: recurrence(diffrax.Tsit5(), y0=y0).adaptive_trajectory(1e-4)
+
+    @jax.jit
+    def guess(y0):
+        return recurrence(diffrax.Tsit5(), y0=y0).adaptive_trajectory(1e-4)
+
     y0 = jnp.array([[2.0, 0.0], [0.0, 0.0], [1.0, -1.0]])
     together = jax.vmap(guess)(y0)
     for one, ys in zip(y0, together, strict=True):
@@ -110,7 +116,11 @@ def test_a_batch_is_guessed_member_by_member():
 
 
 @pytest.mark.parametrize(
-    "solver", [RadauIIA(2), diffrax.Kvaerno3(root_finder=ROOT_FINDER)]
+    "solver",
+    [
+        RadauIIA(2),
+        pytest.param(diffrax.Kvaerno3(root_finder=ROOT_FINDER), marks=pytest.mark.slow),
+    ],
 )
 def test_stiff_equations_are_guessed_by_implicit_steps(solver):
     decay = lambda t, y, args: -1e4 * (y - jnp.cos(t))

@@ -452,6 +452,7 @@ def test_bad_values(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow(covered_by="test_family")
 def test_names_that_are_asked_for(tmp_path):
     arguments = ["--quick", "--only", "affine", "--repeats", 1]
     rows = run(*arguments, "--names", "diagonal 4", "none", "--out", tmp_path / "a")

@@ -289,6 +289,14 @@ def test_consistent_initial_values():
     assert_close(grads, jax.grad(known, (0, 1, 2))(*inputs), sqrt_eps())
 
 
+@pytest.mark.parametrize("t0", [0, np.int64(0), jnp.array(0)], ids=["int", "np", "jnp"])
+def test_consistent_from_a_whole_time(t0):
+    """The constraint moves in time, whatever the dtype of the time."""
+    term = DAETerm(lambda t, y, dy, args: jnp.stack([dy[0] - y[1], y[0] - jnp.sin(t)]))
+    initial = consistent_initial_values(term, t0, jnp.zeros(2))
+    assert_close(initial.y0, jnp.array([0.0, 1.0]), 1e-14)
+
+
 def test_inconsistent_initial_values():
     """A pendulum off its circle."""
     on = q, v, tension = start(jnp.asarray(ANGLE))

@@ -324,7 +324,7 @@ def in_pairs(weights, y, x):
     ),
     ids=str,
 )
-@pytest.mark.slow(covered_by="test_tangent.py::test_derivatives")
+@pytest.mark.slow(covered_by="test_tangent.py::test_windows_of_any_length")
 def test_gradients_after_damped_solves_are_exact(linearisation, damping):
     keys = jr.split(jr.key(0), 3)
     # Rows of at most 0.8, so that the recurrence forgets.

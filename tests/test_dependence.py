@@ -521,3 +521,19 @@ def test_limit_on_bytes_is_handed_on():
         lambda y: y - jnp.mean(y), jnp.zeros(5), Exact(max_bytes=7)
     )
     assert linearisation.max_bytes == 7
+
+
+def test_a_state_that_is_too_large():
+    """A mask of a million by a million entries is not even begun."""
+    assert found(lambda y: 2 * y, size=1_000_000) is None
+
+
+def test_blocks_take_memory_too():
+    groups = lambda: (0,) * 3 + (1,) * 3
+    chosen = Exact(max_bytes=10 * 18 * 8).for_map(groups, 6)
+    assert isinstance(chosen, Blockwise)
+    assert chosen.fits(10, 6, np.dtype(float)) and not chosen.fits(
+        11, 6, np.dtype(float)
+    )
+    with pytest.raises(ValueError, match="blocks of the Jacobians of 11 steps"):
+        chosen.check_size(11, 6, np.dtype(float))

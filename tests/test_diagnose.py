@@ -215,7 +215,8 @@ def test_iterations_of_a_differential_equation():
     term, y0 = diffrax.ODETerm(van_der_pol), jnp.array([2.0, 0.0])
     solver = DEER(diffrax.Heun(), Newton(fallback=False, window=None))
     call = (term, solver, 0, 8, 0.03, y0, 2.0)
-    sol = diffeqsolve(*call, saveat=diffrax.SaveAt(t1=True, solver_state=True))
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+    sol = diffeqsolve(*call, saveat=saveat, max_steps=300)
     found = diagnose(diffeqsolve, *call)
     assert sol.stats is not None
     assert found.num_steps == int(sol.stats["num_steps"]) == 267
@@ -224,6 +225,23 @@ def test_iterations_of_a_differential_equation():
     again = diagnose(diffeqsolve, *call, solver_state=sol.solver_state)
     assert again.num_iterations == 1 == again.predicted_iterations
     assert again.guess_error < sqrt_eps()
+
+
+def test_checks_of_the_user_are_of_no_iterate():
+    """And what the last solve has for padding is no guess."""
+
+    def field(t, y, args):
+        return -eqx.error_if(y, (t > 0.5) & (y > 0.9), "of a guess")
+
+    term = diffrax.ODETerm(field)
+    solver = DEER(diffrax.Euler(), Newton(guess=Constant(), window=None, chunk=1))
+    call = (term, solver, 0.0, 1.0, 0.1, jnp.array(1.0))
+    saveat = diffrax.SaveAt(t1=True, solver_state=True)
+    sol = diffeqsolve(*call, saveat=saveat, max_steps=20)
+    found = diagnose(diffeqsolve, *call)
+    assert found.converged and found.num_steps == 10
+    again = diagnose(diffeqsolve, *call, solver_state=sol.solver_state, max_steps=20)
+    assert again.converged and again.num_iterations == 1
 
 
 def test_residuals_of_the_guess():

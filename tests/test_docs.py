@@ -86,6 +86,20 @@ class Model(eqx.Module):
         self.last = eqx.nn.Linear(4, 2, key=last)
 
 
+def test_the_first_program():
+    """That of the first page of the documentation: in parallel, and right."""
+    code, *_ = blocks("docs/index.md")
+    found = run(code, {})
+    sol, field = found["sol"], diffrax.ODETerm(found["field"])
+    assert sol.stats["path"] == "newton" and sol.stats["num_fallback_steps"] == 0
+    expected = diffrax.diffeqsolve(
+        *(field, diffrax.Tsit5(), 0.0, 10.0, 0.01, jnp.array([10.0, 5.0])),
+        (1.1, 0.4, 0.4, 0.1),
+        saveat=diffrax.SaveAt(ts=sol.ts),
+    )
+    np.testing.assert_allclose(sol.ys, expected.ys, rtol=1e-12)
+
+
 def test_neural_cde_page_with_missing_values():
     """Also in the first row and the last; and a channel without any is an error."""
     (code,) = blocks("docs/neural-cde.md")

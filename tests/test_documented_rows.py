@@ -25,7 +25,6 @@ PROBLEMS = {
 ORDINARY = (
     "Lorenz, 50 Lyapunov times, Tsit5",
     "Kepler, e = 0.9, Tsit5",
-    "GRU, weights x 1",
     "GRU, weights x 10",
 )
 

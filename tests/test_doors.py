@@ -70,7 +70,15 @@ HESSIANS = [
 
 
 #: What others of the same table stand for.
-RARE = ("never", "rooted", "unrooted", "every fourth step, t1")
+RARE = (
+    "never",
+    "rooted",
+    "unrooted",
+    "every fourth step, t1",
+    "t1",
+    "t0, t1",
+    "scalar",
+)
 
 
 def by_method(names, by_newton, doors=tuple(DOORS)):
@@ -436,6 +444,41 @@ def test_gradient_of_an_event_time(door):
     # tolerance of the root finder.
     np.testing.assert_allclose(float(value), exact, rtol=1e-9)
     np.testing.assert_allclose(float(slope), exact / 20, rtol=1e-9)
+
+
+def test_what_is_saved_after_steps_ends_with_the_event():
+    """A function of `SaveAt` does not see what comes after it, derivatives and all."""
+    event = diffrax.Event(lambda t, y, args, **kw: y - 0.5)
+    save = lambda t, y, args: y * jnp.log(3.0 - t)
+    saveat = diffrax.SaveAt(steps=True, fn=save)
+    term = diffrax.ODETerm(lambda t, y, args: -y)
+
+    def total(door, y0):
+        ys = run(door, term=term, y0=y0, event=event, saveat=saveat).ys
+        return jnp.sum(jnp.where(jnp.isfinite(ys), ys, 0))
+
+    slopes = [jax.grad(total, argnums=1)(door, jnp.array(1.0)) for door in ("a", None)]
+    assert_close(slopes[0], slopes[1], rounding())
+
+
+def test_an_event_before_a_step_that_fails():
+    """The event has the last word: at once, and in the step that fails."""
+    term = diffrax.ODETerm(lambda t, y, args: jnp.where(t > 0.5, jnp.nan, -y))
+
+    @eqx.filter_jit
+    def solve(start):
+        sol = diffeqsolve(
+            *(term, DEER(Obreshkov(1), NEWTON), 0.0, 1.0, 0.2, jnp.array(1.0)),
+            event=diffrax.Event(lambda t, y, args, **kw: t >= start),
+        )
+        return sol.result == diffrax.RESULTS.event_occurred, sol.ts[0]
+
+    for start, end in ((0.0, 0.0), (0.55, 0.6)):
+        is_event, t = solve(jnp.array(start))
+        assert is_event
+        np.testing.assert_allclose(t, end)
+    with pytest.raises(RuntimeError):
+        solve(jnp.array(2.0))
 
 
 @pytest.mark.parametrize("door", A_OR_B)

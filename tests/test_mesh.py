@@ -22,6 +22,7 @@ from deer_ode import (
     RadauIIA,
     diffeqsolve,
 )
+from deer_ode._discretisation import Grid, discretise
 from deer_ode._discretisation._collocation import radau_nodes
 from deer_ode._mesh import Mesh, as_mesh_refinement, redistribute
 
@@ -202,7 +203,9 @@ def test_single_precision():
 # --- derivatives ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [Newton(), Auto()])
+@pytest.mark.parametrize(
+    "method", [Newton(), pytest.param(Auto(), marks=pytest.mark.slow)]
+)
 def test_gradients_are_those_on_the_mesh(method):
     ts = jnp.linspace(0.5, 10.0, 7)
     saveat = diffrax.SaveAt(ts=ts)
@@ -325,6 +328,42 @@ def test_a_jump_of_the_field(jump_ts):
     sol = solve(term=jump, t1=2.0, y0=jnp.ones(1), stepsize_controller=controller)
     np.testing.assert_allclose(sol.ys[0], exact, rtol=1e-6)
     assert int(sol.stats["num_steps"]) <= 150
+
+
+def test_steps_that_are_equations_take_the_own_side_of_a_jump():
+    """Where the field is evaluated once at each point, but not at those."""
+    jump = diffrax.ODETerm(lambda t, y, args: jnp.where(t < 0.5, 1.0, -5.0) * y)
+    points = jnp.array([0.0, 0.25, 0.5, 0.75])
+    mesh = Mesh(points, jnp.asarray(3, jnp.int32))
+    even = Grid.from_points(points)
+    found = discretise(Obreshkov(1), jump, even, jnp.array(1.0), None)
+    found = found.on(mesh.grid(jnp.array([0.5]))).recurrence
+    starts, ends = found.field_values(jnp.ones((3, 1)))[..., 0]
+    np.testing.assert_array_equal(starts, [1, 1, -5])
+    np.testing.assert_array_equal(ends, [1, 1, -5])
+
+
+def test_what_is_saved_at_a_jump():
+    """The end of a step at a jump is saved, and looked up, as Diffrax has it."""
+    jump = diffrax.ODETerm(lambda t, y, args: jnp.where(t < 0.5, 1.0, -5.0) * y)
+    controller = diffrax.ClipStepSizeController(
+        diffrax.PIDController(rtol=1e-3, atol=1e-5), jump_ts=[0.5]
+    )
+
+    def saved(solve, solver):
+        sol = solve(
+            *(jump, solver, 0.0, 1.0, 0.1, 1.0),
+            stepsize_controller=controller,
+            saveat=diffrax.SaveAt(steps=True, dense=True),
+        )
+        return sol.ts, sol.derivative(0.5)
+
+    ts, slope = saved(diffeqsolve, DEER(diffrax.Bosh3()))
+    stock_ts, stock_slope = saved(diffrax.diffeqsolve, diffrax.Bosh3())
+    assert 0.5 not in ts and np.nextafter(0.5, 1.0) in ts
+    np.testing.assert_allclose(ts[: ts.size], stock_ts[: ts.size], rtol=1e-12)
+    np.testing.assert_allclose(slope, stock_slope, rtol=1e-9)
+    assert slope > 0
 
 
 def test_controlled_equations():

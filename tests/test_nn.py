@@ -14,6 +14,7 @@ from jax.nn import sigmoid
 
 from deer_ode import Newton, Sequential
 from deer_ode.nn import RNN, Bidirectional, LEMCell, MultiHeadGRU
+from deer_ode.nn._layer import as_mask
 
 from .helpers import (
     assert_close,
@@ -461,6 +462,12 @@ def test_batches_of_padded_sequences(dtype):
             assert_close(y[:n], quick(layer)(xs[:n]), rounding())
         else:
             np.testing.assert_array_equal(y, 0.0)
+
+
+def test_a_length_of_few_bits():
+    """The count of steps does not begin again at 256."""
+    mask = as_mask(np.uint8(200), None, 1000)
+    assert mask is not None and int(mask.sum()) == 200 == int(np.argmin(mask))
 
 
 def test_bad_padding():

@@ -98,8 +98,11 @@ def test_the_chosen_jacobian_is_part_of_it():
             Plan("newton", whole_first=False, window=16), marks=pytest.mark.slow
         ),
         Plan("newton", whole_first=False, window=5, chunk=4),
-        Plan("newton", is_batch_sequential=True),
-        Plan("newton", "accelerator", whole_first=True, window=16),
+        pytest.param(Plan("newton", is_batch_sequential=True), marks=pytest.mark.slow),
+        pytest.param(
+            Plan("newton", "accelerator", whole_first=True, window=16),
+            marks=pytest.mark.slow,
+        ),
     ),
     ids=str,
 )

@@ -206,9 +206,9 @@ def componentwise_error(ys, y_ref):
     return float(np.max(np.abs(np.asarray(ys) / np.asarray(y_ref) - 1)))
 
 
-#: One in time and one of a close approach: for the others there is no time in the
-#: ordinary run.
-ONE_EACH = ("DETEST-A5", "DETEST-D5")
+#: One in time: for the others there is none in the ordinary run, which has a close
+#: approach among the documented rows.
+ONE_EACH = ("DETEST-A5",)
 
 needs_file = pytest.mark.skipif(
     not FILE.exists(), reason=f"no reference problems at {FILE}"
@@ -237,8 +237,8 @@ def test_reference_by_obreshkov(name):
 
 
 @needs_file
-# The other one is also that of the test after it.
-@pytest.mark.parametrize("name", slow(STIFF_PROBLEMS, lambda name: name != "Robertson"))
+@pytest.mark.parametrize("name", STIFF_PROBLEMS)
+@pytest.mark.slow(covered_by="test_stiff.py::test_problems_of_the_test_sets")
 def test_stiff_reference(name):
     problem = load()[name]
     field, grid = STIFF_PROBLEMS[name]
@@ -248,7 +248,8 @@ def test_stiff_reference(name):
 
 
 @needs_file
-@pytest.mark.parametrize("t1", slow((1, 11), lambda t1: t1 == 11))
+@pytest.mark.parametrize("t1", (1, 11))
+@pytest.mark.slow(covered_by="test_stiff.py::test_problems_of_the_test_sets")
 def test_van_der_pol_at_whole_times(t1):
     problem = load()["VanDerPol-stiff"]
     values = problem["extra_references"]["values"]

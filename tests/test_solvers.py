@@ -67,8 +67,8 @@ def sequential():
 
 
 #: One of each kind: the others share its code, and are compiled longer. The core has an
-#: implicit one.
-ORDINARY = ("Bosh3", "SemiImplicitEuler", "ItoMilstein", "HalfSolver")
+#: explicit, an implicit and a stochastic one.
+ORDINARY = ("SemiImplicitEuler", "HalfSolver")
 
 
 @pytest.mark.parametrize("name", slow(SOLVERS, lambda name: name not in ORDINARY))

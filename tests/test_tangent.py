@@ -69,22 +69,11 @@ def expected():
 
 
 LINEARISATIONS = (Exact(), Dense(), Dense(SMALL), Diagonal(), BlockDiagonal(2))
-#: What a CPU does by itself; little memory has a test of its own.
-ORDINARY = ((Exact(), None),)
 
 
-@pytest.mark.parametrize(
-    "linearisation, chunk",
-    slow_rows(
-        [
-            (linearisation, chunk)
-            for linearisation in LINEARISATIONS
-            for chunk in (None, 9)
-        ],
-        lambda row: row not in ORDINARY,
-    ),
-    ids=str,
-)
+@pytest.mark.parametrize("chunk", (None, 9))
+@pytest.mark.parametrize("linearisation", LINEARISATIONS, ids=str)
+@pytest.mark.slow(covered_by="test_windows_of_any_length")
 def test_derivatives(linearisation, chunk, expected):
     """Also with few Jacobians at a time, and whatever the forward pass used."""
     method = Newton(linearisation, chunk=chunk)
@@ -104,7 +93,7 @@ def test_derivatives(linearisation, chunk, expected):
 def test_windows_of_any_length(linearisation, length, monkeypatch, expected):
     """With a last window that is full, and one that is not."""
     monkeypatch.setattr("deer_ode._implicit.tangent_window", lambda *_: length)
-    method = Newton(linearisation)
+    method = Newton(linearisation, window=None, chunk=1)
     ours = lambda f, y0, xs: solve_recurrence(f, y0, xs, method=method).ys
     actual = jax.jit(ft.partial(derivatives, ours))(*problem())
     assert_close(actual, expected, rounding())
@@ -131,8 +120,7 @@ def test_a_batch(unknowns):
 
     slopes = lambda run: jax.jit(jax.grad(ft.partial(value, run), unknowns))
     expected = slopes(lax.scan)(weights, y0)
-    for run in (scan, newton):
-        assert_close(slopes(run)(weights, y0), expected, rounding())
+    assert_close(slopes(newton)(weights, y0), expected, rounding())
 
 
 newton = ft.partial(scan, method=Newton())
@@ -165,8 +153,7 @@ def test_no_derivative_at_the_start():
     slopes = lambda run: jax.jit(jax.grad(ft.partial(value, run)))(xs)
     expected = slopes(lax.scan)
     assert bool(jnp.all(jnp.isfinite(expected)))
-    for run in (scan, newton):
-        assert_close(slopes(run), expected, rounding())
+    assert_close(slopes(newton), expected, rounding())
     ours = ft.partial(value, newton)
     _, along = jax.jit(lambda xs: jax.jvp(ours, (xs,), (jnp.ones_like(xs),)))(xs)
     assert_close(along, jnp.sum(expected), rounding())

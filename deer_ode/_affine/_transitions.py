@@ -12,8 +12,6 @@ from typing import TypeAlias, TypeVar
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .._blocks import BlockOrder
@@ -159,11 +157,6 @@ class DenseTransition(AbstractCoreTransition):
     """All entries. $O(n^2)$ to apply, $O(n^3)$ to compose."""
 
     matrix: Float[Array, "*steps state state"]
-
-    @staticmethod
-    def bytes_per_step(state_size: int, dtype: DTypeLike) -> int:
-        """The memory of one matrix."""
-        return state_size**2 * np.dtype(dtype).itemsize
 
     def apply(self, y):
         return matvec(self.matrix, y)

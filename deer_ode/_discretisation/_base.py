@@ -1,5 +1,7 @@
 """The time grid that every discretisation is made on."""
 
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -17,10 +19,22 @@ class Grid(eqx.Module):
     active: Bool[Array, " steps"]
     is_full: bool = eqx.field(static=True, default=False)
     """Whether it is known while tracing that there is no padding."""
+    has_jumps: bool = eqx.field(static=True, default=False)
+    """Whether steps may end just before a jump of the field and begin just after it."""
 
     @property
     def num_steps(self) -> int:
         return self.tprev.shape[0]
+
+    def plain(self) -> "Grid":
+        """Without what is known while tracing, as the programs of steps take it."""
+        return Grid(self.tprev, self.tnext, self.active)
+
+    @property
+    def ends(self) -> Float[Array, " steps"]:
+        """The end of each step as Diffrax saves it: where the next one begins."""
+        goes_on = jnp.append(self.active[1:], False)
+        return jnp.where(goes_on, jnp.roll(self.tprev, -1), self.tnext)
 
     @property
     def num_active(self) -> Int[Array, ""]:
@@ -29,7 +43,9 @@ class Grid(eqx.Module):
     def until(self, num_steps: Int[Array, ""]) -> "Grid":
         """The same, of which the first `num_steps` steps at most are made."""
         steps = jnp.arange(self.num_steps, dtype=jnp.int32)
-        return Grid(self.tprev, self.tnext, self.active & (steps < num_steps))
+        return dataclasses.replace(
+            self, active=self.active & (steps < num_steps), is_full=False
+        )
 
     @classmethod
     def from_points(cls, ts: Float[Array, " points"]) -> "Grid":
@@ -41,5 +57,6 @@ class Grid(eqx.Module):
         num_coarse = -(-self.num_steps // every)
         starts = every * jnp.arange(num_coarse)
         ends = jnp.minimum(starts + every, self.num_steps) - 1
-        # Padding repeats the end of the grid, so ends may be looked up as they are.
+        # Unused steps repeat the end of the grid. Not so after `until`, where the last
+        # coarse step may go beyond the event; it is used by guesses only.
         return Grid(self.tprev[starts], self.tnext[ends], self.active[starts])

@@ -80,7 +80,9 @@ def consistent_initial_values(
     flat_y0 = flattener.flatten(y0)
     size = flattener.size
     dtype = flattener.dtype
-    t0 = jnp.asarray(t0, jnp.result_type(float) if isinstance(t0, int) else None)
+    t0 = jnp.asarray(t0)
+    if not jnp.issubdtype(t0.dtype, jnp.floating):
+        t0 = t0.astype(jnp.result_type(float))
 
     @without_checks
     def equation(t, y, dy):

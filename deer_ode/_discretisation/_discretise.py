@@ -94,11 +94,9 @@ def discretise(
     """Steps that are equations are solved as such, all others as maps. `is_checked` is
     whether Brownian paths say so if they are asked beyond their end.
     """
-    is_full = grid.is_full
-    # Not kept: a grid of the same recurrence may have padding later on.
-    grid = Grid(grid.tprev, grid.tnext, grid.active)
+    plain = grid.plain()
     if isinstance(solver, AbstractEquationSolver):
-        recurrence = solver.recurrence(terms, grid, y0, args)
+        recurrence = solver.recurrence(terms, plain, y0, args)
     else:
-        recurrence = StepMap(solver, terms, grid, y0, args, is_checked, is_full)
-    return Discretised(recurrence, solver, terms, grid, y0, args)
+        recurrence = StepMap(solver, terms, plain, y0, args, is_checked, grid.is_full)
+    return Discretised(recurrence, solver, terms, plain, y0, args)

@@ -194,7 +194,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return eqx.tree_at(lambda r: (r.y0, r.grid), self, (y0, grid))
 
     def on(self, grid: Grid) -> "AbstractEquationRecurrence":
-        return eqx.tree_at(lambda r: r.grid, self, grid)
+        return eqx.tree_at(lambda r: r.grid, self, grid.plain())
 
     def until(self, num_steps):
         return self.on(self.grid.until(num_steps))

@@ -105,8 +105,14 @@ class MassMatrixTerm(AbstractImplicitTerm):
                     f"{dy.size} numbers; got the shape {mass.shape}."
                 )
             product = jnp.matmul(mass, dy, precision=jax.lax.Precision.HIGHEST)
-        field = flattener.flatten(self.vector_field(t, y, args))
-        return product - field
+        field = self.vector_field(t, y, args)
+        shapes = lambda tree: jtu.tree_map(jnp.shape, tree)
+        if shapes(field) != shapes(y):
+            raise ValueError(
+                "The vector field of a `MassMatrixTerm` must give what looks like the "
+                f"state: arrays of shape {shapes(y)}; got {shapes(field)}."
+            )
+        return product - flattener.flatten(field)
 
 
 MassMatrixTerm.__init__.__doc__ = """**Arguments:**

@@ -125,6 +125,14 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         with tracing_steps():
             self.field = eqx.filter_closure_convert(field, first.tprev, self.y0, first)
 
+    def on(self, grid):
+        return eqx.tree_at(lambda r: r.grid, self, grid)
+
+    @property
+    def _steps(self) -> Grid:
+        """The grid as `field` takes it, step by step."""
+        return self.grid.plain()
+
     def is_sequential_answer(self, ys):
         """Whether each step ends about where a step that solves no equations does.
 
@@ -132,7 +140,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         each step by itself would be as much work as the iteration.
         """
         starts = previous_states(self.y0, ys)
-        explicit = jax.vmap(self._explicit_step)(starts, self.grid)
+        explicit = jax.vmap(self._explicit_step)(starts, self._steps)
         size = jnp.max(jnp.abs(starts), axis=-1)
 
         def is_near(ends):
@@ -150,9 +158,8 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
     def _linearly_implicit_steps(self, starts):
         """One Newton iteration for each step by itself, from where it starts."""
         num = min(self.num_derivatives, 2)
-        first = jtu.tree_map(lambda x: x[0], self.grid)
-        active = self.grid.active
-        x = jtu.tree_map(lambda x, x0: jnp.where(active, x, x0), self.grid, first)
+        grid = self._steps
+        x = jtu.tree_map(lambda x: jnp.where(grid.active, x, x[0]), grid)
 
         def with_jacobians(t, y, x):
             J = jax.jacfwd(lambda y: self._tower(num)(t, y, x))(y)
@@ -175,11 +182,11 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
 
     def _at_ends(self, ys: Trajectory, fn):
         """`fn(t, y, x)` at the start and at the end of every step."""
-        grid, y0 = self.grid, self.y0
+        grid, y0 = self._steps, self.y0
         # Padding repeats the first step, or where that begins.
         select = lambda y: jnp.where(grid.active[:, None], y, y0)
         # A control may jump at the points of the grid, and so differ on either side.
-        if self.ode is not None:
+        if self.ode is not None and not self.grid.has_jumps:
             tnext = jnp.where(grid.active, grid.tnext, grid.tprev[0])
             ts = jnp.concatenate([grid.tprev[:1], tnext])
             first = jtu.tree_map(lambda x: x[0], grid)
@@ -252,7 +259,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         return states
 
     def predict_step(self):
-        first = jtu.tree_map(lambda x: x[0], self.grid)
+        first = jtu.tree_map(lambda x: x[0], self._steps)
         return jnp.where(first.active, self._explicit_step(self.y0, first), self.y0)
 
     def _explicit_step(self, y, x):

@@ -25,6 +25,7 @@ from .._misc import (
     is_reasonable,
     num_operations,
     previous_states,
+    rows_where,
     without_gradient,
 )
 from .._plan import STRETCH, shares_jacobian
@@ -225,9 +226,7 @@ class StepMap(AbstractMapRecurrence):
         values = jax.vmap(f)(constant_starts, constant_xs)
         fine = jnp.all(jnp.isfinite(values), axis=-1)
         y, x = self.harmless
-        starts = jnp.where(fine[:, None], starts, y[None])
-        select = jax.vmap(jnp.where, in_axes=(0, 0, None))
-        xs = jtu.tree_map(lambda x, x0: select(fine, x, x0), self.xs, x)
+        starts, xs = rows_where(fine, (starts, self.xs), (y, x))
         return values, fine, starts, xs
 
     def padded(self, num_steps):
@@ -244,6 +243,7 @@ class StepMap(AbstractMapRecurrence):
 
     def on(self, grid: Grid) -> "StepMap":
         """Without noise: increments of Brownian paths are those of the grid before."""
+        grid = grid.plain()
         first = jtu.tree_map(lambda x: x[0], grid)
         return eqx.tree_at(
             lambda r: (r.xs.grid, r.harmless[1].grid, r.f.first),

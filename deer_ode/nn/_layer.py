@@ -88,8 +88,8 @@ def as_mask(length, mask, num_steps: int) -> Bool[Array, " steps"] | None:
         return mask
     if length is None:
         return None
-    length = jnp.asarray(length)
-    return jnp.arange(num_steps, dtype=length.dtype) < length
+    # Not in the dtype of `length`, in which the count of steps might overflow.
+    return jnp.arange(num_steps, dtype=jnp.int32) < jnp.asarray(length, jnp.int32)
 
 
 def solve_masked(
