@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -38,8 +37,7 @@ _WORST_GUESS = 0.3
 
 @eqx.filter_jit
 def _begin(newton: Newton, recurrence: AbstractRecurrence) -> Progress:
-    progress = without_checks(lambda: newton.start(recurrence).begin())()
-    return jtu.tree_map(jnp.asarray, progress)
+    return without_checks(lambda: newton.start(recurrence).begin())()
 
 
 @eqx.filter_jit
@@ -62,8 +60,7 @@ def _iterate(newton: Newton, recurrence: AbstractRecurrence, progress: Progress)
         progress = solve.advance(progress, updated, 0, recurrence.num_steps)
         return progress, updated.error
 
-    progress, errors = iterate(progress)
-    return jtu.tree_map(jnp.asarray, progress), errors
+    return iterate(progress)
 
 
 @eqx.filter_jit

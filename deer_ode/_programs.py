@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._foreign import (
@@ -76,8 +77,14 @@ class Program(eqx.Module):
 
     def __call__(self, *args: Any) -> Any:
         inputs = jtu.tree_leaves(eqx.filter(args, eqx.is_array))
+        shapes, structure = jtu.tree_flatten(self._out_shapes)
         out = run_program(self._body, self._constants, *inputs)
-        out = jtu.tree_unflatten(jtu.tree_structure(self._out_shapes), out)
+        # Constants come as Python numbers.
+        out = [
+            x if eqx.is_array(x) else jnp.asarray(x, s.dtype)
+            for x, s in zip(out, shapes, strict=True)
+        ]
+        out = jtu.tree_unflatten(structure, out)
         return eqx.combine(out, self._out_static)
 
 
