@@ -105,13 +105,8 @@ class MassMatrixTerm(AbstractImplicitTerm):
                     f"{dy.size} numbers; got the shape {mass.shape}."
                 )
             product = jnp.matmul(mass, dy, precision=jax.lax.Precision.HIGHEST)
-        field = self.vector_field(t, y, args)
-        shapes = lambda tree: jtu.tree_map(jnp.shape, tree)
-        if shapes(field) != shapes(y):
-            raise ValueError(
-                "The vector field of a `MassMatrixTerm` must give what looks like the "
-                f"state: arrays of shape {shapes(y)}; got {shapes(field)}."
-            )
+        # Of the state's structure and shapes, or an error of Diffrax's.
+        field = diffrax.ODETerm(self.vector_field).vf(t, y, args)
         return product - flattener.flatten(field)
 
 
