@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
-import jax
 from jaxtyping import Array, PyTree
 
 from ._counting import KnownSteps
@@ -27,9 +26,8 @@ from ._grid import (
 )
 from ._mesh import as_mesh_refinement, given_times, moved_with
 from ._method import AbstractMethod
-from ._misc import StateFlattener
 from ._plan import default_platform
-from ._predictor import Trajectory
+from ._predictor import from_solver_state
 from ._refinement import Refined, Refinement, refine, sequential_mesh
 from ._solver import DEER
 from ._solving import find_outcome, raise_failure, solve
@@ -56,11 +54,9 @@ def _method(
 ) -> AbstractMethod:
     """The method of the solver, with the progress meter. `guess` are flat states."""
     method = inputs.solver.method
-    if guess is not None and guess.shape[0] > 0:
-        # What it has for the padding of another solve is not needed.
-        guess = guess[: grid.num_steps]
-        predictor = Trajectory(jax.vmap(StateFlattener(state.y).unflatten)(guess))
-        method = method.start_from(predictor)
+    if guess is not None:
+        predictor = from_solver_state(guess, state.y, grid.num_steps)
+        method = method if predictor is None else method.start_from(predictor)
     if inputs.shows_progress:
         meter = _RunningMeter(inputs.progress_meter, state.progress_meter_state)
         method = method.report_to(meter)

@@ -3,11 +3,13 @@
 import abc
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._custom_types import Trajectory as TrajectoryArray
+from ._custom_types import Trajectory as TrajectoryArray, Y
+from ._misc import StateFlattener
 from ._recurrence import AbstractRecurrence
 
 
@@ -160,3 +162,14 @@ Trajectory.__init__.__doc__ = """**Arguments:**
 - `ys`: the states after each step of the grid, without the initial one: a pytree like
     `y0` whose leaves have a leading axis of steps, as `SaveAt(steps=True)` gives.
 """
+
+
+def from_solver_state(
+    states: TrajectoryArray, y0: Y, num_steps: int
+) -> Trajectory | None:
+    """The trajectory of an earlier solve, from its flat states, of which those beyond
+    `num_steps` are padding; `None` where there are no states.
+    """
+    if states.shape[0] == 0:
+        return None
+    return Trajectory(jax.vmap(StateFlattener(y0).unflatten)(states[:num_steps]))

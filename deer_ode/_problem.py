@@ -25,10 +25,9 @@ from ._discretisation import (
 from ._foreign import even_steps, wrap
 from ._integrate import diffeqsolve
 from ._method import AbstractMethod
-from ._misc import StateFlattener
 from ._newton import Newton
 from ._plan import Plan, default_platform
-from ._predictor import AbstractPredictor, Trajectory
+from ._predictor import AbstractPredictor, Trajectory, from_solver_state
 from ._recurrence import AbstractRecurrence
 from ._scan import make_recurrence, scan, solve_recurrence
 from ._solver import DEER
@@ -147,9 +146,7 @@ def _differential_equation(arguments: dict) -> Problem:
     guess = None
     if arguments["solver_state"] is not None:
         ys = arguments["solver_state"].ys
-        if ys.shape[0] > 0:
-            ys = ys[: grid.num_steps]  # without what it has for padding
-            guess = Trajectory(jax.vmap(StateFlattener(y0).unflatten)(ys))
+        guess = from_solver_state(ys, y0, grid.num_steps)
     plan = solver.method.plan(recurrence, default_platform())
     return Problem(recurrence, _plain(solver.method, guess), plan, points, "time")
 
