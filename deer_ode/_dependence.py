@@ -92,6 +92,7 @@ def dependence(
         return jax.jvp(lambda y: step(y, *inputs), (y,), (t_y,))[1]
 
     program = jax.make_jaxpr(tangent)(y, y, inputs)
+    # After the trace, whose errors are raised for a state of any size.
     if size**2 > _MAX_MASK:
         return None
     num_others = len(body_of(program).invars) - 1

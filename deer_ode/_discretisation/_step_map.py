@@ -303,7 +303,7 @@ class StepMap(AbstractMapRecurrence):
 
         def blocks(x):
             # Nothing comes from steps that are not made.
-            x = jax.vmap(lambda active, x: jnp.where(active, x, 0))(grid.active, x)
+            x = rows_where(grid.active, x, 0)
             x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
             return x.reshape(num_coarse, every, *x.shape[1:])
 
