@@ -23,8 +23,8 @@ from ._misc import ROUNDING_UNITS, is_reasonable
 from ._newton import Newton
 from ._problem import Problem, find_problem
 from ._programs import without_checks
+from ._progress import Progress
 from ._recurrence import AbstractRecurrence
-from ._solve import Progress
 
 
 # A guess with fewer digits right than this is as good as none: it is off by half of

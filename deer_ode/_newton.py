@@ -32,9 +32,10 @@ from ._method import AbstractMethod, TrajectorySolution, solve_sequentially
 from ._misc import describe, finite, hold_last_good, is_reasonable, leading_true
 from ._plan import Plan, dense_operations, estimated_minutes, plan_newton
 from ._predictor import AbstractPredictor, Adaptive
+from ._progress import Progress, Updated
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
 from ._shooting import Chunks
-from ._solve import Progress, Solve, Updated
+from ._solve import Solve
 from ._window import Window, as_window
 
 
