@@ -75,8 +75,8 @@ def check_conditions(
     discretised: Discretised,
     trajectory: Trajectory,
 ) -> Events:
-    """`events` unchanged, once the user's checks within the conditions have been
-    evaluated on the steps up to the event.
+    """Evaluates the user's checks within the conditions on the steps up to the event;
+    `events` itself is unchanged.
     """
     grid = discretised.grid
     tprev, tnext, ys = grid.tprev, grid.tnext, discretised.states(trajectory)

@@ -296,8 +296,8 @@ class Refinement(eqx.Module):
 def sequential_mesh(
     inputs: LoopInputs, state: LoopState, order: Any, max_steps: int
 ) -> Refined:
-    """The steps that Diffrax's own loop would make, by its own controller, whatever
-    ends the solve before the interval does.
+    """The steps that Diffrax's own loop would make over the whole interval, by its own
+    controller. Events are not looked at.
     """
 
     def run(terms, args, controller, order, state, t1):

@@ -49,9 +49,9 @@ class RecurrenceSolution(NamedTuple):
         `newton_damping` (the largest $\lambda$), `num_windows` (how often a window
         moved on, and one), `num_fallback_steps` (how many steps were taken
         sequentially) and `first_nonfinite_step` (the first of `xs` after which the
-        carry is not finite, in the order of solving; -1 if there is none). Of several
-        solves together (`MultiHeadGRU`, `Bidirectional`) there are only the numbers of
-        steps and `newton_residual`.
+        carry is not finite, in the order of solving; -1 if there is none). For
+        layers of several solves (`MultiHeadGRU`, `Bidirectional`) there are only the
+        counts of steps and `newton_residual`.
     """
 
     carry: PyTree[Array]

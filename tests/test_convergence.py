@@ -33,9 +33,9 @@ def problems():
 
 PROBLEMS = problems()
 
-#: One of each kind: chaos, networks, and no number after some steps; stiffness and
-#: fields that are nowhere finite have their own tests. Each takes four programs, and
-#: equations take long to compile.
+#: One of each kind: chaos, networks, and states that become NaN. Stiffness and fields
+#: that are nowhere finite have their own tests. Each takes four programs, and equations
+#: take long to compile.
 ORDINARY = (
     "Lorenz, 10 Lyapunov times, Tsit5",
     "GRU, weights x 100",

@@ -228,7 +228,7 @@ def test_iterations_of_a_differential_equation():
 
 
 def test_checks_of_the_user_are_of_no_iterate():
-    """And what the last solve has for padding is no guess."""
+    """An iterate does not trip them; and padding of `solver_state` is left out."""
 
     def field(t, y, args):
         return -eqx.error_if(y, (t > 0.5) & (y > 0.9), "of a guess")

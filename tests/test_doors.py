@@ -462,7 +462,7 @@ def test_what_is_saved_after_steps_ends_with_the_event():
 
 
 def test_an_event_before_a_step_that_fails():
-    """The event has the last word: at once, and in the step that fails."""
+    """An event takes precedence: at the start, and in the step that fails."""
     term = diffrax.ODETerm(lambda t, y, args: jnp.where(t > 0.5, jnp.nan, -y))
 
     @eqx.filter_jit

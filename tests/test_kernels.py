@@ -57,8 +57,8 @@ def kernels(A, b, y0, reverse=False):
 # --- values ---------------------------------------------------------------------------
 
 
-#: Of each size that has code of its own one, which takes seconds to compile, and some
-#: of a single number.
+#: Interpreted kernels take seconds to compile: two of two numbers, one each of three to
+#: five, and some of a single number, which compile quickly.
 ORDINARY = (
     (1, 1, False, np.float64),
     (1, 2, True, np.float64),

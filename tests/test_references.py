@@ -206,8 +206,8 @@ def componentwise_error(ys, y_ref):
     return float(np.max(np.abs(np.asarray(ys) / np.asarray(y_ref) - 1)))
 
 
-#: One in time: for the others there is none in the ordinary run, which has a close
-#: approach among the documented rows.
+#: The others take too long for the ordinary run, which has a close approach among the
+#: documented rows.
 ONE_EACH = ("DETEST-A5",)
 
 needs_file = pytest.mark.skipif(

@@ -27,7 +27,7 @@ class Grid(eqx.Module):
         return self.tprev.shape[0]
 
     def plain(self) -> "Grid":
-        """Without what is known while tracing, as the programs of steps take it."""
+        """Without static fields: a traced step takes grids of one structure only."""
         return Grid(self.tprev, self.tnext, self.active)
 
     @property

@@ -126,6 +126,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
             self.field = eqx.filter_closure_convert(field, first.tprev, self.y0, first)
 
     def on(self, grid):
+        # With its static fields, which tell whether the field may jump.
         return eqx.tree_at(lambda r: r.grid, self, grid)
 
     @property
@@ -320,9 +321,10 @@ class Obreshkov(AbstractEquationSolver, diffrax.AbstractAdaptiveSolver):
     [`deer_ode.RadauIIA`][]. The field has to be as often differentiable as there are
     derivatives here, three times with Newton's method for order 6. Fields that jump in
     time lose order, unless the jumps come from a control (`ControlTerm`, and
-    `ControlTerm.to_ode()`) and lie on the grid. A `ControlTerm` itself is taken to
-    move at a constant rate within a step: exact for `LinearInterpolation` with its
-    knots on the grid, and of order 2 otherwise; `to_ode()` keeps the order.
+    `ControlTerm.to_ode()`) and lie on the grid, or are the `jump_ts` of a tolerance. A
+    `ControlTerm` itself is taken to move at a constant rate within a step: exact for
+    `LinearInterpolation` with its knots on the grid, and of order 2 otherwise;
+    `to_ode()` keeps the order.
 
     Interpolation is Hermite's, cubic, or quintic for order 6. The error estimate is
     what the formula of the next lower order leaves.
