@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
-import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import optimistix as optx
@@ -240,27 +239,23 @@ def redistribute(
     two of the points of `fixed`, which ascend and are kept, the numbers of parts of
     several steps add up, rounded upwards.
     """
-    dtype, num_segments = points.dtype, fixed.shape[0] + 1
-    # What is there twice is kept once.
-    is_kept = jnp.isin(points[1:], fixed) & (jnp.diff(points) > 0)
-    before = jnp.concatenate([jnp.zeros(1, bool), is_kept[:-1]])
-    segment = jnp.cumsum(before, dtype=jnp.int32)
-    wanted = jax.ops.segment_sum(parts, segment, num_segments)
+    none = jnp.zeros(1, points.dtype)
+    up_to = lambda x: jnp.concatenate([none, jnp.cumsum(x)])
+    reached = up_to(parts)
+    at_fixed = reached[jnp.searchsorted(points, fixed, side="right") - 1]
+    at_fixed = jnp.concatenate([none, at_fixed])
+    wanted = jnp.diff(at_fixed)
     # Rounding of a sum makes no step more.
-    count = jnp.ceil(wanted * (1 - 64 * jnp.finfo(dtype).eps))
-    count = jnp.where(wanted > 0, jnp.maximum(count, 1), 0)
-    up_to = lambda x: jnp.cumsum(x) - x
-    factor = jnp.where(wanted > 0, count / jnp.where(wanted > 0, wanted, 1), 0)
-    within = (jnp.cumsum(parts) - up_to(wanted)[segment]) * factor[segment]
-    index = up_to(count)[segment] + jnp.clip(within, 0, count[segment])
-    # Exactly, so that what is kept is kept to the last digit.
-    index = jnp.where(is_kept, (up_to(count) + count)[segment], index)
-    index = lax.cummax(jnp.concatenate([jnp.zeros(1, dtype), index]))
-    total = jnp.sum(count)
-    new = jnp.minimum(jnp.arange(capacity + 1, dtype=dtype), total)
-    most = float(jnp.iinfo(jnp.int32).max)
+    count = jnp.ceil(wanted * (1 - 64 * jnp.finfo(points.dtype).eps))
+    steps = up_to(jnp.where(wanted > 0, jnp.maximum(count, 1), 0))
+    # `interp` is exact where it is given one of its points, so these are kept to the
+    # last digit.
+    index = jnp.interp(reached, at_fixed, steps)
+    new = jnp.arange(capacity + 1, dtype=points.dtype)
+    num_steps = jnp.minimum(steps[-1], float(jnp.iinfo(jnp.int32).max))
     return Mesh(
-        jnp.interp(new, index, points), jnp.minimum(total, most).astype(jnp.int32)
+        jnp.where(new < num_steps, jnp.interp(new, index, points), points[-1]),
+        num_steps.astype(jnp.int32),
     )
 
 
