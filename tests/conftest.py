@@ -27,6 +27,19 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    """Compiled programs are kept in pytest's cache: for the other processes of this run
+    and for later ones, which take half as long.
+    """
+    cache = getattr(config, "cache", None)  # none with `-p no:cacheprovider`
+    if cache is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("compiled")))
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 def function_of(item) -> str:
     """The node id without the row of the table."""
     return item.nodeid.split("[")[0]

@@ -642,7 +642,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="flattened state of 2 numbers"):
         solve(MassMatrixTerm(lambda t, y, args: -y, jnp.eye(3)))
     for field, message in (
-        (lambda t, y, args: jnp.append(-y, 0.0), "shapes for broadcasting"),
+        (lambda t, y, args: jnp.append(-y, 0.0), "for broadcasting"),
         (lambda t, y, args: (-y[0], -y[1]), "same structure"),
     ):
         with pytest.raises(ValueError, match=message):
