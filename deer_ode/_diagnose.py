@@ -182,7 +182,8 @@ def diagnose(
     10, 0.01, y0)`. Plain Newton iterations over the whole interval are made and written
     down, from the guess and with the linearisation of the method that is given; windows
     and what else a method may do beside are left out. Where they do not converge the
-    answer is finished one step after the other.
+    answer is finished one step after the other. With a tolerance the steps are those of
+    the mesh that meets it ([`deer_ode.MeshRefinement`][]), which is found first.
 
     **The Lyapunov exponent** is the rate at which a small perturbation of the answer
     grows,
@@ -232,8 +233,7 @@ def diagnose(
     **Raises:**
 
     - `ValueError`: for another `solve`; for a solver other than `DEER`, or one with
-        `num_substeps`; for steps that are not known beforehand; for no steps at all;
-        inside `jax.jit` and its like.
+        `num_substeps`; for no steps at all; inside `jax.jit` and its like.
     - Whatever the call itself raises before anything is computed.
 
     !!! example
@@ -303,6 +303,7 @@ def _report(problem: Problem, run: _Run) -> Diagnosis:
         recommendation="",
         plan=problem.plan,
         unit=problem.unit,
+        mesh_stats=problem.mesh_stats,
     )
     newton = problem.newton
     findings = Findings(

@@ -87,6 +87,10 @@ class Diagnosis:
     - `plan`: how the method that was given would solve it on this machine: its path,
         windows and memory.
     - `unit`: what `times` count, `"time"` or `"step"`.
+    - `mesh_stats`: of steps that follow from a tolerance how many meshes were solved
+        (`num_meshes`, of which all but the last were refined), by how many iterations
+        in all (`num_newton_steps`), and the sequential steps of the first guess
+        (`num_guess_steps`), with the names of `Solution.stats`; otherwise `None`.
     """
 
     residuals: Float[np.ndarray, "iterations bins"]
@@ -105,12 +109,23 @@ class Diagnosis:
     recommendation: str
     plan: Plan
     unit: str
+    mesh_stats: dict[str, int] | None = None
 
     def __str__(self):
+        mesh = ()
+        if self.mesh_stats is not None:
+            num_meshes, num_newton_steps, num_guess_steps = self.mesh_stats.values()
+            plural = "" if num_meshes == 1 else "es"
+            mesh = (
+                f"{num_meshes} mesh{plural} solved in {num_newton_steps} iterations "
+                f"for the tolerance, from a guess of {num_guess_steps} sequential "
+                "steps; on the last:",
+            )
         verdict = "converged" if self.converged else "not converged"
         most = int(self.num_good_steps.max())
         expected = self.predicted_iterations
         lines = (
+            *mesh,
             f"{self.num_iterations} iterations, {verdict}; at most {most:,} of "
             f"{self.num_steps:,} steps accepted",
             f"expected from this guess: "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import diffrax
+import equinox as eqx
 import equinox.internal as eqxi
 import jax
 import jax.extend.core as jexc
@@ -20,6 +21,7 @@ import jax.tree_util as jtu
 import numpy as np
 from diffrax._integrate import SaveState as SaveState, State as LoopState
 from diffrax._misc import linear_rescale as linear_rescale
+from diffrax._root_finder import use_stepsize_tol
 from diffrax._term import AdjointTerm, WrapTerm, _ControlToODE
 from equinox.internal import (
     nextafter as nextafter,
@@ -173,6 +175,21 @@ def bounded_while_loop(cond_fun, body_fun, init, *, max_steps: int, base: int) -
 #
 # Diffrax counts time forwards. It wraps each term of the user, with the direction in
 # which the user's time goes.
+
+
+def with_tolerances(
+    solver: diffrax.AbstractSolver, controller: diffrax.AbstractStepSizeController
+) -> diffrax.AbstractSolver:
+    """Diffrax gives a root finder that has no tolerances those of the controller."""
+    finder = getattr(solver, "root_finder", None)
+    names = [
+        name for name in ("rtol", "atol", "norm")
+        if getattr(finder, name, None) is use_stepsize_tol
+    ]  # fmt: skip
+    get = lambda x: [getattr(x, name) for name in names]
+    if not names:
+        return solver
+    return eqx.tree_at(lambda s: get(s.root_finder), solver, get(controller))
 
 
 def _instances(of: type, tree: PyTree) -> list:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -22,7 +22,8 @@ from ._discretisation import (
     consistent_initial_values,
     discretise,
 )
-from ._foreign import even_steps, wrap
+from ._foreign import even_steps, with_tolerances, wrap
+from ._grid import KNOWN_STEPS
 from ._integrate import diffeqsolve
 from ._method import AbstractMethod
 from ._newton import Newton
@@ -45,6 +46,8 @@ class Problem(NamedTuple):
     """Where each step starts, and where the last one ends."""
     unit: str
     """What `points` count: time or steps."""
+    mesh_stats: dict[str, int] | None = None
+    """What it took to find steps for a tolerance."""
 
 
 def _plain(method: AbstractMethod, guess: AbstractPredictor | None) -> Newton:
@@ -83,14 +86,32 @@ def _check_solver(solver) -> None:
         )
 
 
-def _check_controller(controller) -> None:
-    if not isinstance(controller, diffrax.ConstantStepSize | diffrax.StepTo):
-        raise ValueError(
-            "`diagnose` needs to know the steps beforehand: `ConstantStepSize()` or "
-            f"`StepTo(ts)`; got `{type(controller).__name__}(...)`. The steps that it "
-            "would choose come from a sequential solve with `SaveAt(t0=True, "
-            "steps=True)`: give its `ts` to `StepTo`."
-        )
+def _on_a_mesh(arguments: dict) -> tuple[dict, dict[str, int] | None]:
+    """The same call on the steps that meet its tolerance, as Newton's method chooses
+    them; and what it took to find them.
+    """
+    solver, controller = arguments["solver"], arguments["stepsize_controller"]
+    if isinstance(controller, KNOWN_STEPS):
+        return arguments, None
+    call: dict[str, Any] = arguments | dict(
+        solver=dataclasses.replace(solver, method=_plain(solver.method, None)),
+        saveat=diffrax.SaveAt(t0=True, steps=True),
+        event=None,
+        discrete_terminating_event=None,
+        adjoint=None,
+        throw=True,
+    )
+    sol = diffeqsolve(**call)
+    ts: Any = sol.ts
+    ts = ts[: int(sol.stats["num_accepted_steps"]) + 1]
+    names = "num_meshes", "num_newton_steps", "num_guess_steps"
+    solver = dataclasses.replace(
+        solver, solver=with_tolerances(solver.solver, controller)
+    )
+    arguments = arguments | dict(
+        solver=solver, stepsize_controller=diffrax.StepTo(ts), dt0=None
+    )
+    return arguments, {name: int(sol.stats[name]) for name in names}
 
 
 def _even_points(t0, t1, dt0, saveat) -> np.ndarray:
@@ -129,6 +150,7 @@ def _points(arguments: dict) -> np.ndarray:
 
 
 def _differential_equation(arguments: dict) -> Problem:
+    arguments, mesh_stats = _on_a_mesh(arguments)
     solver = arguments["solver"]
     points = _points(arguments)
     args, terms, y0 = (arguments[name] for name in ("args", "terms", "y0"))
@@ -148,7 +170,8 @@ def _differential_equation(arguments: dict) -> Problem:
         ys = arguments["solver_state"].ys
         guess = from_solver_state(ys, y0, grid.num_steps)
     plan = solver.method.plan(recurrence, default_platform())
-    return Problem(recurrence, _plain(solver.method, guess), plan, points, "time")
+    newton = _plain(solver.method, guess)
+    return Problem(recurrence, newton, plan, points, "time", mesh_stats)
 
 
 def _recurrence(arguments: dict) -> Problem:
@@ -192,7 +215,6 @@ def find_problem(solve, args, kwargs) -> Problem:
     _check_concrete(arguments)
     if is_equation:
         _check_solver(arguments["solver"])
-        _check_controller(arguments["stepsize_controller"])
     # The errors are those of the call because it is the call that is checked.
     eqx.filter_eval_shape(lambda: solve(*args, **kwargs))
     return _differential_equation(arguments) if is_equation else _recurrence(arguments)

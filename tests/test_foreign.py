@@ -51,6 +51,15 @@ def test_every_name_has_a_test():
     assert names == used & names, f"no test of {sorted(names - used)}"
 
 
+def test_root_finders_without_tolerances_get_those_of_the_controller():
+    pid = diffrax.PIDController(rtol=1e-3, atol=1e-5)
+    finder = _foreign.with_tolerances(diffrax.Kvaerno3(), pid).root_finder
+    assert (finder.rtol, finder.atol, finder.norm) == (1e-3, 1e-5, pid.norm)
+    own = diffrax.Kvaerno3(root_finder=diffrax.VeryChord(rtol=1e-6, atol=1e-8))
+    assert _foreign.with_tolerances(own, pid).root_finder.rtol == 1e-6
+    assert _foreign.with_tolerances(diffrax.Tsit5(), pid) == diffrax.Tsit5()
+
+
 # --- Traced programs ------------------------------------------------------------------
 
 
