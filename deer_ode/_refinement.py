@@ -37,6 +37,7 @@ from ._plan import (
     FEWEST_GUESS_STEPS,
     MESH_CUTS,
     MESH_MOST_PARTS,
+    MESH_PERTURBATION,
     MESH_UNIFORM,
     guess_tolerance,
     most_attempts,
@@ -205,6 +206,24 @@ class Refinement(eqx.Module):
         states = discretised.evaluate(ys, steps, ts, index)
         return recurrence.flatten(states)
 
+    def _perturbed(self, ys: Trajectory) -> Trajectory:
+        """By about as much as the smallest entry's tolerance, in no particular
+        direction. The guess is smooth: from there, steps too long to be stable look
+        accurate.
+        """
+        flattener = self.discretised.recurrence.flattener
+        rtol, atol = self.controller.rtol, self.controller.atol
+        with jax.numpy_dtype_promotion("standard"):
+            tolerances = jtu.tree_map(
+                lambda y: (atol + rtol * jnp.abs(y)).astype(y.dtype),
+                jax.vmap(flattener.unflatten)(ys),
+            )
+        tolerances = jax.vmap(flattener.flatten)(tolerances)
+        smallest = jnp.min(tolerances, axis=1, keepdims=True)
+        # As good as random.
+        signs = jnp.sin(1e4 * jnp.arange(1, ys.size + 1, dtype=ys.dtype) ** 2)
+        return ys + MESH_PERTURBATION * smallest * signs.reshape(ys.shape)
+
     def _candidate(self) -> tuple[Mesh, Trajectory, Int[Array, ""]]:
         """The first mesh that is solved for the answer, with a guess."""
         guess = self._guess()
@@ -225,7 +244,7 @@ class Refinement(eqx.Module):
             return new, ys, none if guess is None else guess.num_attempts
 
         def equidistribute(i, mesh):
-            discretised, ys = self._on(mesh), guess(mesh.points[1:])
+            discretised, ys = self._on(mesh), self._perturbed(guess(mesh.points[1:]))
             steps = discretised.take_steps(ys)
             errors = scaled_errors(self.controller, discretised, ys, steps)
             return self._equidistributed(mesh, errors, i == 0)
