@@ -35,6 +35,18 @@ def _integer(at_least: int):
     return parse
 
 
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1e-12 <= value <= 1e-4:
+        raise argparse.ArgumentTypeError(
+            f"must be a number from 1e-12 to 1e-4; got {text!r}"
+        )
+    return value
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m deer_ode", description=_DESCRIPTION
@@ -51,6 +63,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--solver",
         default="tsit5",
         help="explicit Runge-Kutta solver of Diffrax: heun, dopri5, ... [%(default)s]",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=_tolerance,
+        default=1e-8,
+        help="of every time step, relative and absolute [%(default)s]",
     )
     parser.add_argument(
         "--out", default="two_body.png", help="the picture to write [%(default)s]"
@@ -127,15 +145,16 @@ def _make_task(options: argparse.Namespace):
     task = fit.Task(
         problem,
         fit.SOLVERS[options.solver.lower()](),
+        options.tolerance,
         jax.random.key(options.seed),
         options.steps,
     )
     num_weights = task.first.size - len(system.PARAMETERS)
     print(
-        f"Two bodies, {options.points:,} observations, "
-        f"{problem.grid.shape[0] - 1:,} time steps of "
-        f"{type(task.solver).__name__}; {len(system.PARAMETERS)} physical parameters "
-        f"and {num_weights} weights to fit."
+        f"Two bodies, {options.points:,} observations; "
+        f"{type(task.solver).__name__} to {options.tolerance:g}; "
+        f"{len(system.PARAMETERS)} physical parameters and {num_weights} weights to "
+        "fit."
     )
     return task
 
@@ -146,14 +165,14 @@ def _draw(path: str, task, training) -> None:
     from . import _fit as fit, _plot as picture
 
     model = task.model(training.parameters)
+    mesh = jnp.asarray(training.mesh)
+    before = task.integrate_stock(task.model(task.first), mesh[1:]).ys
     guesses = {
-        "the initial state everywhere": jnp.broadcast_to(
-            model.start, training.states.shape
-        ),
-        "the orbit before the fit": training.first_states,
+        "the initial state everywhere": jnp.broadcast_to(model.start, before.shape),
+        "the orbit before the fit": before,
         "an adaptive solve (default)": None,
     }
-    histories = fit.residual_history(task, model, guesses)
+    histories = fit.residual_history(task, model, mesh, guesses)
     picture.plot(path, task, training, histories)
 
 
@@ -164,6 +183,27 @@ def speed(ratio: float) -> str:
     return f"{ratio:.1f} times as fast as stock Diffrax"
 
 
+def _print_times(comparison) -> None:
+    """Of a gradient step three ways."""
+    import jax
+
+    ours, same, adaptive = comparison.seconds
+    num_steps, num_adaptive_steps = comparison.num_steps, comparison.num_adaptive_steps
+    rows = {
+        "": ("DEER", "Diffrax, same steps", "Diffrax, adaptive"),
+        "time steps": (num_steps, num_steps, num_adaptive_steps),
+        "gradient step, ms": tuple(f"{1e3 * t:.1f}" for t in comparison.seconds),
+    }
+    print()
+    for name, (first, second, third) in rows.items():
+        print(f"{name:24}{first:>12}{second:>22}{third:>20}")
+    print(
+        f"\nDEER: {speed(same / ours)} on the same steps, "
+        f"{adaptive / ours:.1f} times adaptive "
+        f"(JAX {jax.__version__}, {jax.devices()[0].device_kind})"
+    )
+
+
 def _report(task, training, comparison) -> None:
     _print_parameters(task, training)
     print(
@@ -171,6 +211,7 @@ def _report(task, training, comparison) -> None:
     )
     for name, value in _summary(task, training, comparison).items():
         print(f"{name:44}{value}")
+    _print_times(comparison)
 
 
 def _print_parameters(task, training) -> None:
@@ -194,28 +235,21 @@ def _print_parameters(task, training) -> None:
 
 def _summary(task, training, comparison) -> dict[str, object]:
     """What is said of the fit beside its parameters, by name."""
-    import jax
-
     from . import _system as system
 
     friction = system.friction_error(task.problem, task.model(training.parameters))
-    steps = training.newton_steps
-    parallel, stock = training.seconds, comparison.seconds_stock
+    steps, meshes = training.newton_steps, training.num_mesh_steps
     return {
         "loss (mean square, in units of the noise)": (
             f"{training.losses[0]:.4g} first, {training.losses[-1]:.5f} last, "
             f"{system.loss_of_truth(task.problem):.5f} for the truth"
         ),
         "learned friction along the true orbit": f"{friction:.1%} off (rms)",
+        "time steps per solve": f"{meshes[0]} first, {meshes[-1]} last",
         "Newton steps per solve": (
             f"{steps[0]} first, {max(steps)} most, {steps[-1]} last"
         ),
         "steps finished sequentially, in all solves": training.num_fallback_steps,
-        "time per gradient step": (
-            f"{1e3 * parallel:.1f} ms DEER, {1e3 * stock:.1f} ms stock Diffrax: "
-            f"{speed(stock / parallel)} (JAX {jax.__version__}, "
-            f"{jax.devices()[0].device_kind})"
-        ),
         "difference from stock, loss": f"{comparison.loss_difference:.1e}",
         "difference from stock, gradient": (
             f"{comparison.gradient_difference:.1e} (rounding allows "

@@ -5,8 +5,9 @@ friction, for which nothing is assumed: a neural network stands in its place. Al
 fitted at once, by gradient descent through the differential equation.
 """
 
+import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -64,6 +65,20 @@ class Frame(NamedTuple):
     scale: Float[Array, "parameters parameters"]
 
 
+class Information(NamedTuple):
+    """What there is to know at some parameters."""
+
+    JTJ: Float[Array, "parameters parameters"]
+    r"""$J^\top J$ of the misfit."""
+    sensitivity: float
+    r"""The largest $\partial y_i / \partial y_0$."""
+    loss: Float[Array, ""]
+    states: Float[Array, "points state"]
+    mesh: Float[np.ndarray, " knots"]
+    """The ends of the steps, chosen all at once."""
+    stats: dict[str, Array]
+
+
 class Task:
     """Everything that is compiled: solves, gradients and linearisations of the fit.
 
@@ -71,10 +86,17 @@ class Task:
     """
 
     def __init__(
-        self, problem: Problem, solver: diffrax.AbstractSolver, key, num_steps: int
+        self,
+        problem: Problem,
+        solver: diffrax.AbstractSolver,
+        tolerance: float,
+        key,
+        num_steps: int,
     ):
         self.problem = problem
         self.solver = solver
+        # The orbit is of order one.
+        self.controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
         dynamic, self._static = eqx.partition(first_model(key), eqx.is_array)
         self.first, self._unravel = jfu.ravel_pytree(dynamic)
         schedule = optax.cosine_decay_schedule(
@@ -84,36 +106,43 @@ class Task:
             optax.clip_by_global_norm(_LONGEST_UPDATE),
             optax.sgd(schedule, momentum=_MOMENTUM),
         )
-        self.solve = eqx.filter_jit(self._solve)
+        # Room for the steps, whose number changes with the parameters.
+        sol = self.integrate_stock(self.model(self.first), self.problem.times)
+        num_steps = int(sol.stats["num_accepted_steps"])
+        self._room = 2 ** math.ceil(math.log2(1.5 * num_steps))
         self.gradient_step = eqx.filter_jit(self._gradient_step)
-        self.information = eqx.filter_jit(self._information)
+        self._compiled_information = eqx.filter_jit(self._information)
 
     def model(self, parameters) -> Model:
         return eqx.combine(self._unravel(parameters), self._static)
 
+    def integrate_stock(self, model: Model, ts: Float[Array, " times"]) -> Any:
+        """States at `ts` by stock Diffrax, to the tolerance."""
+        t1, saveat = self.problem.times[-1], diffrax.SaveAt(ts=ts)
+        run = diffrax.diffeqsolve
+        return integrate(run, self.solver, model, t1, self.controller, saveat)
+
+    def _integrate(self, model, is_ours=True, mesh=None, saveat=None):
+        """By the tolerance, or on given steps."""
+        run = diffeqsolve if is_ours else diffrax.diffeqsolve
+        solver = DEER(self.solver, Newton()) if is_ours else self.solver
+        times = self.problem.times
+        controller, room = self.controller, self._room if is_ours else 4096
+        if mesh is not None:
+            controller, room = diffrax.StepTo(mesh), mesh.size - 1
+        saveat = diffrax.SaveAt(ts=times) if saveat is None else saveat
+        return integrate(run, solver, model, times[-1], controller, saveat, room)
+
     def _misfit(self, model, ys):
         """Difference from the data in units of the noise."""
-        seen = see(model, ys[self.problem.indices])
-        return (seen - self.problem.positions) / NOISE
+        return (see(model, ys) - self.problem.positions) / NOISE
 
-    def _solve(self, parameters):
-        """The loss and the solution."""
-        model = self.model(parameters)
-        sol = integrate(
-            diffeqsolve, DEER(self.solver, Newton()), model, self.problem.grid
-        )
-        return jnp.mean(self._misfit(model, sol.ys) ** 2), sol
-
-    def _gradient_step(self, z, frame, opt_state, level, is_parallel):
+    def _gradient_step(self, z, frame, opt_state, level, is_ours=True, mesh=None):
         """One step of training. Returns the gradient as well, with respect to `z`."""
 
         def loss(z):
             model = self.model(frame.mean + frame.scale @ z)
-            grid = self.problem.grid
-            if is_parallel:
-                sol = integrate(diffeqsolve, DEER(self.solver, Newton()), model, grid)
-            else:
-                sol = integrate(diffrax.diffeqsolve, self.solver, model, grid)
+            sol = self._integrate(model, is_ours, mesh)
             value = jnp.mean(self._misfit(model, sol.ys) ** 2)
             return value / (2 * level), (value, sol)
 
@@ -124,18 +153,30 @@ class Task:
         return z + update, opt_state, value, gradient, sol
 
     def _information(self, parameters):
-        r"""$J^\top J$ of the misfit, and the largest $\partial y_i / \partial y_0$."""
+        saveat = diffrax.SaveAt(
+            subs=[
+                diffrax.SubSaveAt(ts=self.problem.times),
+                diffrax.SubSaveAt(t0=True, steps=True),
+            ]
+        )
 
         def solve(parameters):
             model = self.model(parameters)
-            grid = self.problem.grid
-            sol = integrate(diffeqsolve, DEER(self.solver, Newton()), model, grid)
-            return sol.ys, self._misfit(model, sol.ys).ravel()
+            sol = self._integrate(model, saveat=saveat)
+            misfit = self._misfit(model, sol.ys[0])
+            return (sol.ys[0], misfit.ravel()), (jnp.mean(misfit**2), sol)
 
-        _, push_forward = jax.linearize(solve, parameters)
+        _, push_forward, aux = jax.linearize(solve, parameters, has_aux=True)
         basis = jnp.eye(parameters.size, dtype=parameters.dtype)
         states, J = jax.lax.map(push_forward, basis, batch_size=8)
-        return J @ J.T, jnp.max(jnp.abs(states[2 : len(PARAMETERS)]))
+        return J @ J.T, jnp.max(jnp.abs(states[2 : len(PARAMETERS)])), *aux
+
+    def information(self, parameters) -> Information:
+        """About all parameters, at once."""
+        JTJ, sensitivity, loss, sol = self._compiled_information(parameters)
+        mesh = np.asarray(sol.ts[1][: int(sol.stats["num_accepted_steps"]) + 1])
+        stats = {k: v for k, v in sol.stats.items() if not isinstance(v, str)}
+        return Information(JTJ, float(sensitivity), loss, sol.ys[0], mesh, stats)
 
     def prior_precision(self):
         physics = np.full(len(PARAMETERS), _PRIOR_PHYSICS**-2)
@@ -151,72 +192,78 @@ class Training(NamedTuple):
     losses: list[float]
     """Before each step, and after the last."""
     newton_steps: list[int]
+    num_mesh_steps: list[int]
     num_fallback_steps: int
     seconds: float
-    first_states: Float[Array, "steps state"]
-    states: Float[Array, "steps state"]
+    first_states: Float[Array, "points state"]
+    states: Float[Array, "points state"]
+    mesh: Float[np.ndarray, " knots"]
+    """Of the last solve."""
     sensitivity: float
 
 
 def train(task: Task, num_steps: int) -> Training:
     """Fits all parameters by momentum, in coordinates made to measure."""
     mean = task.first
-    loss, sol = task.solve(mean)
-    first_states = sol.ys
-    newton_steps = [int(sol.stats["num_newton_steps"])]
-    num_fallback_steps = int(sol.stats["num_fallback_steps"])
-    losses, seconds = [], []
+    first = found = task.information(mean)
+    stats, losses, seconds = [first.stats], [], []
     num_data = task.problem.positions.size
     ends = np.linspace(0, num_steps, min(_NUM_ROUNDS, num_steps) + 1).astype(int)
     with tqdm(total=num_steps, desc="training", unit="step") as progress:
         for count in np.diff(ends).tolist():
             # The parameters differ a thousandfold in how much they matter. In these
             # coordinates the linearised misfit is nearly a sphere.
-            JTJ, _ = task.information(mean)
-            hessian = np.asarray(JTJ) / (num_data * loss) + task.prior_precision()
-            scale = np.linalg.cholesky(np.linalg.inv(hessian))
+            level = found.loss
+            hessian = np.asarray(found.JTJ) / (num_data * level)
+            scale = np.linalg.cholesky(np.linalg.inv(hessian + task.prior_precision()))
             frame = Frame(mean, jnp.asarray(scale))
-            level = loss
             z = jnp.zeros_like(mean)
             opt_state = task.optimiser.init(z)
             for _ in range(count):
                 start = time.perf_counter()
                 z, opt_state, loss, _, sol = jax.block_until_ready(
-                    task.gradient_step(z, frame, opt_state, level, True)
+                    task.gradient_step(z, frame, opt_state, level)
                 )
                 seconds.append(time.perf_counter() - start)
                 losses.append(float(loss))
-                newton_steps.append(int(sol.stats["num_newton_steps"]))
-                num_fallback_steps += int(sol.stats["num_fallback_steps"])
-                progress.set_postfix(loss=f"{losses[-1]:.4g}", newton=newton_steps[-1])
+                stats.append(sol.stats)
+                num_newton_steps = int(sol.stats["num_newton_steps"])
+                progress.set_postfix(loss=f"{losses[-1]:.4g}", newton=num_newton_steps)
                 progress.update()
                 if not np.isfinite(losses[-1]):
                     raise FloatingPointError(f"the loss became {losses[-1]}")
             mean = frame.mean + frame.scale @ z
-    loss, sol = task.solve(mean)
-    JTJ, sensitivity = task.information(mean)
-    covariance = np.linalg.inv(np.asarray(JTJ) + task.prior_precision())
+            found = task.information(mean)
+    covariance = np.linalg.inv(np.asarray(found.JTJ) + task.prior_precision())
+    counts = lambda name: [int(s[name]) for s in stats]
     return Training(
         parameters=mean,
         standard_errors=np.sqrt(np.diag(covariance))[: len(PARAMETERS)],
-        losses=[*losses, float(loss)],
-        newton_steps=newton_steps,
-        num_fallback_steps=num_fallback_steps,
+        losses=[*losses, float(found.loss)],
+        newton_steps=counts("num_newton_steps"),
+        num_mesh_steps=counts("num_accepted_steps"),
+        num_fallback_steps=sum(counts("num_fallback_steps")),
         # The first one was compiled.
         seconds=float(np.median(seconds[1:])) if len(seconds) > 1 else float("nan"),
-        first_states=first_states,
-        states=sol.ys,
-        sensitivity=float(sensitivity),
+        first_states=first.states,
+        states=found.states,
+        mesh=found.mesh,
+        sensitivity=found.sensitivity,
     )
 
 
 class Comparison(NamedTuple):
-    """The same training step in parallel and by stock Diffrax: relative differences."""
+    """The same training step in parallel, by stock Diffrax on the same steps, and by
+    stock Diffrax on its own: relative differences of the first two, numbers of steps,
+    and seconds of each.
+    """
 
     loss_difference: float
     gradient_difference: float
     tolerance: float
-    seconds_stock: float
+    num_steps: int
+    num_adaptive_steps: int
+    seconds: tuple[float, float, float]
 
     @property
     def agrees(self) -> bool:
@@ -241,19 +288,21 @@ def compare(task: Task, training: Training, repeats: int = 3) -> Comparison:
     opt_state = task.optimiser.init(z)
     level = jnp.asarray(1.0, z.dtype)
 
-    def gradient_step(is_parallel):
-        return jax.block_until_ready(
-            task.gradient_step(z, frame, opt_state, level, is_parallel)
-        )
-
-    _, _, loss, gradient, _ = gradient_step(True)
-    _, _, stock_loss, stock_gradient, _ = gradient_step(False)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        gradient_step(False)
-        seconds.append(time.perf_counter() - start)
-    num_steps = task.problem.grid.shape[0] - 1
+    mesh = jnp.asarray(task.information(frame.mean).mesh)
+    programs = {"ours": (True, None), "same": (False, mesh), "adaptive": (False, None)}
+    outcomes, seconds = {}, {name: [] for name in programs}
+    for _ in range(repeats + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            outcomes[name] = jax.block_until_ready(
+                task.gradient_step(z, frame, opt_state, level, *program)
+            )
+            seconds[name].append(time.perf_counter() - start)
+    # The first ones were compiled.
+    ours, same, adaptive = (float(np.median(seconds[name][1:])) for name in programs)
+    _, _, loss, gradient, sol = outcomes["ours"]
+    _, _, stock_loss, stock_gradient, _ = outcomes["same"]
+    num_steps = int(sol.stats["num_accepted_steps"])
     eps = float(jnp.finfo(z.dtype).eps)
     return Comparison(
         float(abs(loss - stock_loss) / stock_loss),
@@ -262,20 +311,25 @@ def compare(task: Task, training: Training, repeats: int = 3) -> Comparison:
             / jnp.max(jnp.abs(stock_gradient))
         ),
         64 * eps * num_steps * training.sensitivity,
-        float(np.median(seconds)),
+        num_steps,
+        int(outcomes["adaptive"][4].stats["num_accepted_steps"]),
+        (ours, same, adaptive),
     )
 
 
 def residual_history(
-    task: Task, system: Model, guesses: dict[str, Float[Array, "steps state"] | None]
+    task: Task,
+    system: Model,
+    mesh: Float[Array, " knots"],
+    guesses: dict[str, Float[Array, "steps state"] | None],
 ) -> dict[str, list[float]]:
-    """The largest residual of any step, before and after each Newton step.
+    """The largest residual of any step of the mesh, before and after each Newton step.
 
     One Newton step at a time, from the trajectory that the one before it left: the same
     as one solve stopped after 1, 2, ... of them. The residual is computed here, by the
     base solver. `None` is Newton's default guess, whose own residual is not known.
     """
-    grid, solver = task.problem.grid, task.solver
+    solver = task.solver
 
     @eqx.filter_jit
     def residual(ys):
@@ -284,15 +338,18 @@ def residual_history(
             return solver.step(TERM, t0, t1, y, system, state, made_jump=True)[0]
 
         starts = jnp.concatenate([system.start[None], ys[:-1]])
-        return jnp.max(jnp.abs(jax.vmap(step)(grid[:-1], grid[1:], starts) - ys))
+        return jnp.max(jnp.abs(jax.vmap(step)(mesh[:-1], mesh[1:], starts) - ys))
 
     @eqx.filter_jit
     def newton_step(predictor):
         method = Newton(
             guess=predictor, window=None, newton_max_steps=1, fallback=False
         )
-        saveat = diffrax.SaveAt(solver_state=True)
-        sol = integrate(diffeqsolve, DEER(solver, method), system, grid, saveat, False)
+        sol = integrate(
+            *(diffeqsolve, DEER(solver, method), system, mesh[-1]),
+            *(diffrax.StepTo(mesh), diffrax.SaveAt(solver_state=True)),
+            throw=False,
+        )
         return sol.solver_state.ys, sol.result == diffrax.RESULTS.successful
 
     histories = {}

@@ -1,6 +1,7 @@
 """The picture: orbits, loss, and the residuals of Newton's method."""
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from ._fit import Task, Training
@@ -10,13 +11,16 @@ from ._system import loss_of_truth, see, true_system
 def plot(
     path: str, task: Task, training: Training, histories: dict[str, list[float]]
 ) -> None:
-    """Writes the picture: orbits, loss, and Newton's method at work."""
+    """Writes the picture: orbits, loss, mesh, and Newton's method at work."""
     figure = Figure(figsize=(13.5, 4.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    grid = figure.add_gridspec(2, 3)
+    left, right = (figure.add_subplot(grid[:, i]) for i in (0, 2))
+    top, bottom = (figure.add_subplot(grid[i, 1]) for i in (0, 1))
     _plot_orbits(left, task, training)
-    _plot_losses(middle, task, training)
-    _plot_residuals(right, task, histories)
-    for axes in (left, middle, right):
+    _plot_losses(top, task, training)
+    _plot_mesh(bottom, training.mesh)
+    _plot_residuals(right, training.mesh.size - 1, histories)
+    for axes in (left, top, bottom, right):
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100, format="png")
@@ -68,11 +72,17 @@ def _plot_losses(axes, task: Task, training: Training) -> None:
     axes.set(title="Training", xlabel="gradient step", ylabel="loss")
 
 
-def _plot_residuals(axes, task: Task, histories: dict[str, list[float]]) -> None:
+def _plot_mesh(axes, mesh: Float[np.ndarray, " knots"]) -> None:
+    lengths = np.diff(mesh)
+    axes.semilogy(mesh[:-1], lengths, ".", markersize=3)
+    axes.set(title=f"The {lengths.size} steps", xlabel="time", ylabel="length")
+
+
+def _plot_residuals(axes, num_steps: int, histories: dict[str, list[float]]) -> None:
     for name, history in histories.items():
         axes.semilogy(history, ".-", label=name)
     axes.set(
-        title=f"One solve of {task.problem.grid.shape[0] - 1:,} steps",
+        title=f"One solve of {num_steps:,} steps",
         xlabel="Newton step",
         ylabel="largest residual of any step",
     )

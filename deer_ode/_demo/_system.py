@@ -19,7 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 
 PARAMETERS = ("m1", "m2", "x(0)", "y(0)", "vx(0)", "vy(0)")
@@ -32,9 +32,6 @@ _FRICTION = 1.2e-3
 NOISE = 0.005
 # How wrong the values are that the fit starts from.
 _OFFSETS = np.array([0.03, -0.02, 0.01, 0.01, 0.01, -0.01])
-# Between observations that lie further apart the solver makes more steps, so that few
-# observations still give an accurate orbit. (10,000 lie closer by far.)
-_LONGEST_STEP = 0.05
 # Scale of the network's output, so that weights of order one mean a weak friction.
 _NETWORK_SCALE = 0.02
 
@@ -98,40 +95,28 @@ TERM = diffrax.ODETerm(_vector_field)
 
 
 class Problem(NamedTuple):
-    """The data, and the grid of time steps, which passes through all of them."""
+    """The data."""
 
+    times: Float[Array, " points"]
     positions: Float[Array, "bodies points 2"]
     truth: Float[Array, "points state"]
-    grid: Float[Array, " knots"]
-    indices: Int[Array, " points"]
-    """Which step of the grid ends at each observation."""
 
 
 def integrate(
-    run: Callable,
-    solver,
-    system,
-    grid,
-    saveat=diffrax.SaveAt(steps=True),
-    throw=True,
+    run: Callable, solver, system, t1, controller, saveat, max_steps=None, throw=True
 ) -> Any:
-    """`run` is Diffrax's `diffeqsolve` or ours: only `DEER` is new.
-
-    Newton's method starts from its default guess. The solution of the last gradient
-    step, by way of `solver_state`, takes as long here: with so many points to an orbit
-    an adaptive solve is a better guess than the orbit of slightly different parameters.
-    """
+    """`run` is Diffrax's `diffeqsolve` or ours: only `DEER` is new."""
     return run(
         TERM,
         solver,
-        grid[0],
-        grid[-1],
+        0.0,
+        t1,
         None,
         system.start,
         system,
         saveat=saveat,
-        stepsize_controller=diffrax.StepTo(grid),
-        max_steps=grid.shape[0] - 1,
+        stepsize_controller=controller,
+        max_steps=max_steps,
         throw=throw,
     )
 
@@ -148,21 +133,16 @@ def simulate(num_points: int, rng: np.random.Generator) -> Problem:
     system = true_system()
     ts = np.cumsum(rng.exponential(size=num_points))
     ts *= _NUM_ORBITS * 2 * np.pi / np.sqrt(_MASSES.sum()) / ts[-1]
-    gaps = np.diff(ts, prepend=0.0)
-    counts = np.ceil(gaps / _LONGEST_STEP).astype(int)
-    parts = [
-        t - gap * np.arange(count - 1, -1, -1) / count
-        for t, gap, count in zip(ts, gaps, counts, strict=True)
-    ]
-    grid = jnp.asarray(np.concatenate([[0.0], *parts]))
-    indices = jnp.asarray(np.cumsum(counts) - 1)
-    reference = eqx.filter_jit(integrate)(
-        diffrax.diffeqsolve, diffrax.Dopri8(), system, grid
+    times = jnp.asarray(ts)
+    reference = integrate(
+        *(diffrax.diffeqsolve, diffrax.Dopri8(), system, times[-1]),
+        diffrax.PIDController(rtol=1e-12, atol=1e-12),
+        diffrax.SaveAt(ts=times),
     )
-    truth = reference.ys[indices]
+    truth = reference.ys
     positions = see(system, truth)
     noise = jnp.asarray(NOISE * rng.standard_normal(positions.shape))
-    return Problem(positions + noise, truth, grid, indices)
+    return Problem(times, positions + noise, truth)
 
 
 def loss_of_truth(problem: Problem) -> float:
