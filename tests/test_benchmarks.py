@@ -22,6 +22,7 @@ from benchmarks import (
     _runner,
     _tables,
     _targets,
+    _tolerances,
     _work_precision,
 )
 from benchmarks.__main__ import main
@@ -506,3 +507,36 @@ def test_work_against_error_of_every_problem_is_that_of_its_method(name):
         max_steps=num_steps,
     ).ys[0]  # fmt: skip
     assert float(jnp.max(jnp.abs(ys - reference))) < 1e-7, name
+
+
+# --- tolerances -----------------------------------------------------------------------
+
+
+def test_tolerances_are_measured_and_told(tmp_path, monkeypatch):
+    """One problem with a solution in closed form; the page keeps its own words."""
+    decay = dict(
+        name="decay", dim=1, t0=0.0, t1=2.0, y0=[1.0], y_ref=[np.exp(-2)], stiff=False
+    )
+    pair = ("DEER(Tsit5())", "Tsit5")
+    rivals = {name: _tolerances.RIVALS[name] for name in pair}
+    monkeypatch.setattr(_tolerances, "RIVALS", rivals)
+    rows = _tolerances.measure(decay, lambda t, y, args: -y, 1, (1e-4, 1e-8))
+    assert [(row["solver"], row["rtol"]) for row in rows] == [
+        (name, rtol) for name in pair for rtol in (1e-4, 1e-8)
+    ]
+    for row in rows:
+        assert 0 < row["error"] <= 10 * row["rtol"] and row["seconds"] > 0
+    loose, tight = (row["evaluations"] for row in rows[2:])
+    assert 0 < loose < tight == 6 * rows[3]["stats"]["num_steps"]
+    assert "2 of 2 pairs succeed" in _tolerances.summary(rows)[0]
+    page, picture = tmp_path / "page.md", tmp_path / "images" / "picture.png"
+    page.write_text("Before.\n<!-- measured -->\nold\n<!-- /measured -->\nAfter.\n")
+    monkeypatch.setattr(_tolerances, "PAGE", page)
+    monkeypatch.setattr(_tolerances, "PICTURE", picture)
+    versions = dict(jax="0.0", diffrax="0.0")
+    where = dict(device="CPU", cores=2, versions=versions)
+    _tolerances.report(dict(environment=where, rows=rows))
+    text = page.read_text()
+    assert text.startswith("Before.") and text.endswith("After.\n")
+    assert "old" not in text and "| decay | Tsit5 | 1e-08 |" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")

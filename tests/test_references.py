@@ -8,117 +8,37 @@ so, where there is none. `python -m tests.test_references` prints the tables of
 `docs/reference-problems.md`.
 """
 
-import json
-import os
-import pathlib
-
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks._references import (
+    FIELDS,
+    FILE,
+    STIFF_FIELDS,
+    load,
+    reference,
+    stiff_van_der_pol,
+)
+
 from .helpers import slow
 
 
-FOLDER = os.environ.get("DEER_ODE_DATA")
-FOLDER = (
-    pathlib.Path(__file__).parents[2] / "shared" / "data"
-    if FOLDER is None
-    else pathlib.Path(FOLDER)
-)
-FILE = FOLDER / "ivp_reference.json"
-
-
-#: The fields, written for JAX; the file has them as text.
-def _three_bodies(t, y):
-    del t
-    mu = 0.012277471
-    x, z, dx, dz = y
-    d1 = ((x + mu) ** 2 + z**2) ** 1.5
-    d2 = ((x - 1 + mu) ** 2 + z**2) ** 1.5
-    ddx = x + 2 * dz - (1 - mu) * (x + mu) / d1 - mu * (x - 1 + mu) / d2
-    ddz = z - 2 * dx - (1 - mu) * z / d1 - mu * z / d2
-    return jnp.stack([dx, dz, ddx, ddz])
-
-
-def _kepler(t, y):
-    del t
-    cube = (y[0] ** 2 + y[1] ** 2) ** 1.5
-    return jnp.stack([y[2], y[3], -y[0] / cube, -y[1] / cube])
-
-
-def _b4(t, y):
-    del t
-    r = jnp.sqrt(y[0] ** 2 + y[1] ** 2)
-    return jnp.stack([-y[1] - y[0] * y[2] / r, y[0] - y[1] * y[2] / r, y[0] / r])
-
-
-def _chain(rates):
-    rates = np.asarray(rates, float)
-
-    def field(t, y):
-        del t
-        flow = jnp.asarray(rates) * y[:-1]
-        zero = jnp.zeros((1,))
-        return jnp.concatenate([zero, flow]) - jnp.concatenate([flow, zero])
-
-    return field
-
-
-def _heat(t, y):
-    del t
-    zero = jnp.zeros((1,))
-    return jnp.concatenate([zero, y[:-1]]) - 2 * y + jnp.concatenate([y[1:], zero])
-
-
-# name: (field, steps)
-PROBLEMS = {
-    "DETEST-A1": (lambda t, y: -y, 200),
-    "DETEST-A2": (lambda t, y: -0.5 * y**3, 400),
-    "DETEST-A3": (lambda t, y: y * jnp.cos(t), 200),
-    "DETEST-A4": (lambda t, y: 0.25 * y * (1 - y / 20), 200),
-    "DETEST-A5": (lambda t, y: (y - t) / (y + t), 400),
-    "DETEST-B1": (
-        lambda t, y: jnp.stack([2 * (y[0] - y[0] * y[1]), -(y[1] - y[0] * y[1])]),
-        800,
-    ),
-    "DETEST-B2": (
-        lambda t, y: jnp.stack([-y[0] + y[1], y[0] - 2 * y[1] + y[2], y[1] - y[2]]),
-        200,
-    ),
-    "DETEST-B3": (
-        lambda t, y: jnp.stack([-y[0], y[0] - y[1] ** 2, y[1] ** 2]),
-        200,
-    ),
-    "DETEST-B4": (_b4, 800),
-    "DETEST-C1": (_chain(np.ones(9)), 200),
-    "DETEST-C2": (_chain(np.arange(1, 10)), 400),
-    "DETEST-C3": (_heat, 200),
-    "DETEST-C4": (_heat, 200),
-    "DETEST-D1": (_kepler, 400),
-    "DETEST-D2": (_kepler, 800),
-    "DETEST-D3": (_kepler, 1600),
-    "DETEST-D4": (_kepler, 3200),
-    "DETEST-D5": (_kepler, 12800),
-    "Arenstorf": (_three_bodies, 40000),
-}  # fmt: skip
+#: How many steps.
+STEPS = {
+    **dict.fromkeys("DETEST-A1 DETEST-A3 DETEST-A4".split(), 200),
+    **{"DETEST-A2": 400, "DETEST-A5": 400},
+    **{"DETEST-B1": 800, "DETEST-B2": 200, "DETEST-B3": 200, "DETEST-B4": 800},
+    **{"DETEST-C1": 200, "DETEST-C2": 400, "DETEST-C3": 200, "DETEST-C4": 200},
+    **{"DETEST-D1": 400, "DETEST-D2": 800, "DETEST-D3": 1600, "DETEST-D4": 3200},
+    **{"DETEST-D5": 12800, "Arenstorf": 40000},
+}
 
 
 # What order 6 leaves on the steps chosen for order 8.
 OBRESHKOV_TOLERANCES = {"DETEST-D5": 1e-7, "Arenstorf": 2e-4}
-
-
-def robertson(t, y, args):
-    del t, args
-    a, b, c = y
-    first, second, third = 0.04 * a, 3e7 * b * b, 1e4 * b * c
-    return jnp.stack([third - first, first - second - third, second])
-
-
-def stiff_van_der_pol(t, y, args):
-    del t, args
-    return jnp.stack([y[1], 1e6 * ((1 - y[0] ** 2) * y[1] - y[0])])
 
 
 def graded(first, last, num_steps):
@@ -144,34 +64,18 @@ def radau_grid(field, t1, y0, rtol=1e-6, points=()):
     return np.unique(np.concatenate([ts, (ts[1:] + ts[:-1]) / 2, points]))
 
 
-# name: (field, grid)
-STIFF_PROBLEMS = {
-    "VanDerPol-stiff": (
-        stiff_van_der_pol,
-        lambda p: radau_grid(stiff_van_der_pol, p["t1"], p["y0"]),
-    ),
-    "Robertson": (robertson, lambda p: graded(1e-6, p["t1"], 200)),
+GRIDS = {
+    "VanDerPol-stiff": lambda p: radau_grid(stiff_van_der_pol, p["t1"], p["y0"]),
+    "Robertson": lambda p: graded(1e-6, p["t1"], 200),
 }
-
-
-def load():
-    return {p["name"]: p for p in json.loads(FILE.read_text())["problems"]}
-
-
-def reference(problem):
-    y = np.asarray(problem["y_ref"], float)
-    if problem["name"] == "DETEST-A1":
-        # The published value is wrong in the seventh digit.
-        y = np.exp([-20.0])
-    return y
 
 
 def solve(problem, solver=None):
     import deer_ode
 
-    field, num_steps = PROBLEMS[problem["name"]]
+    num_steps = STEPS[problem["name"]]
     t0, t1 = problem["t0"], problem["t1"]
-    term = diffrax.ODETerm(lambda t, y, args: field(t, y))
+    term = diffrax.ODETerm(FIELDS[problem["name"]])
     y0 = jnp.asarray(problem["y0"], jnp.float64)
     # The whole interval at once.
     plain = deer_ode.Newton(window=None)
@@ -216,7 +120,7 @@ needs_file = pytest.mark.skipif(
 
 
 @needs_file
-@pytest.mark.parametrize("name", slow(PROBLEMS, lambda name: name not in ONE_EACH))
+@pytest.mark.parametrize("name", slow(STEPS, lambda name: name not in ONE_EACH))
 def test_reference(name):
     problem = load()[name]
     sol = solve(problem)
@@ -225,7 +129,7 @@ def test_reference(name):
 
 
 @needs_file
-@pytest.mark.parametrize("name", slow(PROBLEMS, lambda name: name != "DETEST-A1"))
+@pytest.mark.parametrize("name", slow(STEPS, lambda name: name != "DETEST-A1"))
 def test_reference_by_obreshkov(name):
     import deer_ode
 
@@ -237,12 +141,11 @@ def test_reference_by_obreshkov(name):
 
 
 @needs_file
-@pytest.mark.parametrize("name", STIFF_PROBLEMS)
+@pytest.mark.parametrize("name", STIFF_FIELDS)
 @pytest.mark.slow(covered_by="test_stiff.py::test_problems_of_the_test_sets")
 def test_stiff_reference(name):
     problem = load()[name]
-    field, grid = STIFF_PROBLEMS[name]
-    sol = solve_stiff(field, grid(problem), problem["y0"])
+    sol = solve_stiff(STIFF_FIELDS[name], GRIDS[name](problem), problem["y0"])
     assert int(sol.stats["num_fallback_steps"]) == 0
     assert componentwise_error(sol.ys[0], problem["y_ref"]) < 1e-6
 
@@ -264,8 +167,9 @@ def test_van_der_pol_at_whole_times(t1):
 @needs_file
 def test_every_problem_is_here():
     problems = load()
-    assert set(PROBLEMS) == {name for name, p in problems.items() if not p["stiff"]}
-    assert set(STIFF_PROBLEMS) == {name for name, p in problems.items() if p["stiff"]}
+    easy = {name for name, p in problems.items() if not p["stiff"]}
+    assert set(STEPS) == set(FIELDS) == easy
+    assert set(GRIDS) == set(STIFF_FIELDS) == set(problems) - easy
 
 
 def _row(*entries):
@@ -295,15 +199,15 @@ def main():
         print(f"\n{type(solver.solver).__name__}\n")
         _row(*header, "error")
         _row(*["---"] * 6)
-        for name, (_, num_steps) in PROBLEMS.items():
+        for name, num_steps in STEPS.items():
             sol = solve(problems[name], solver)
             _print_row(problems[name], num_steps, sol, error_of(sol, problems[name]))
     print("\nRadauIIA(3)\n")
     _row(*header, "componentwise error")
     _row(*["---"] * 6)
-    for name, (field, grid) in STIFF_PROBLEMS.items():
+    for name, field in STIFF_FIELDS.items():
         problem = problems[name]
-        ts = grid(problem)
+        ts = GRIDS[name](problem)
         sol = solve_stiff(field, ts, problem["y0"])
         error = componentwise_error(sol.ys[0], problem["y_ref"])
         _print_row(problem, len(ts) - 1, sol, error)
