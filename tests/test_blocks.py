@@ -17,7 +17,7 @@ from deer_ode._blocks import (
     strided,
 )
 
-from .helpers import assert_close, rounding, slow_rows
+from .helpers import assert_close, quick, rounding, slow_rows
 
 
 # Of ten entries: two blocks of four, and one of two that is padded.
@@ -92,20 +92,28 @@ ORDINARY = (("scattered", True),)
 )
 def test_blocks_are_dense_matrices(name, reverse):
     A, b, weights = elements(ORDERS[name])
-    dense = as_dense(A)
-    assert_close(A.apply(b), dense.apply(b), rounding())
-    expected = SequentialScan().scan(dense, b, None, reverse)
-    for by in (SequentialScan(), AssociativeScan()):
-        actual = A.solve(by.scan, b, None, reverse)
-        assert_close(actual, expected, rounding())
 
     def loss(A, b, to=lambda A: A):
         return jnp.sum(weights * affine_solve(to(A), b, b[0], reverse) ** 2)
 
     slopes = jax.value_and_grad(loss, argnums=(0, 1))
-    both = jax.jit(lambda A, b: (slopes(A, b), slopes(A, b, as_dense)))
-    (value, actual), (expected, exact) = both(A, b)
-    assert_close(value, expected, rounding())
+
+    @quick
+    def compare(A, b):
+        """What is to agree, in one program."""
+        dense = as_dense(A)
+        solved = SequentialScan().scan(dense, b, None, reverse)
+        values = [
+            (A.apply(b), dense.apply(b)),
+            (A.solve(SequentialScan().scan, b, None, reverse), solved),
+            (A.solve(AssociativeScan().scan, b, None, reverse), solved),
+        ]
+        (value, actual), (expected, exact) = slopes(A, b), slopes(A, b, as_dense)
+        return [*values, (value, expected)], actual, exact
+
+    values, actual, exact = compare(A, b)
+    for value, expected in values:
+        assert_close(value, expected, rounding())
     # Where there is padding a derivative means nothing.
     kept = used(A.order)
     actual, exact = ((jnp.where(kept, g[0].entries, 0), g[1]) for g in (actual, exact))

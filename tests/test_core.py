@@ -2,8 +2,8 @@
 
 `.ci/run` runs this file alone on the lowest Python and the lowest versions of all that
 is depended on, where the whole would take too long; so it takes little from the other
-tests. All is compared with `jax.lax.scan` or with stock Diffrax on the same grid, to
-rounding, and compiled once.
+tests. All is compared with `jax.lax.scan`, with stock Diffrax on the same grid or with
+its steps written out, to rounding, and compiled once.
 """
 
 import functools as ft
@@ -39,8 +39,11 @@ pytestmark = pytest.mark.core
 NUM_STEPS = 16
 NUM_SUBSTEPS = 4
 
-#: Neither windows nor chunks, of which there is one test: less to compile.
-AT_ONCE = Newton(guess=Constant(), window=None, chunk=1)
+#: Neither windows nor chunks, of which there is one test, nor a sequential finish: less
+#: to compile. What does not converge is infinite.
+AT_ONCE = Newton(guess=Constant(), window=None, chunk=1, fallback=False)
+#: For what counts the steps that it would take.
+WITH_A_FINISH = Newton(guess=Constant(), window=None, chunk=1)
 
 #: Compilation is what these tests wait for.
 quick = ft.partial(
@@ -203,10 +206,52 @@ def solve(door, solver, term, inputs, **kwargs):
         kwargs |= dict(num_substeps=num_substeps)
     how = diffrax.diffeqsolve if door is None else DOORS[door]
     if door is not None:
-        kwargs |= dict(method=AT_ONCE)
+        kwargs = dict(method=AT_ONCE) | kwargs
     y0, args = inputs
     dt0 = num_substeps / NUM_STEPS
     return how(term, solver, 0.0, 1.0, dt0, y0, args, **kwargs)
+
+
+def implicit(theta):
+    """Steps that weigh the field at their ends by `theta`. Eight iterations of Newton's
+    method leave nothing of their equations.
+    """
+    h = 1 / NUM_STEPS
+
+    def step(args, y, t):
+        known = y + (1 - theta) * h * drift(t, y, args)
+
+        def improve(z, _):
+            e, f = z - theta * h * drift(t + h, z, args) - known
+            slope = jax.jacfwd(drift, 1)(t + h, z, args)
+            (a, b), (c, d) = jnp.eye(2) - theta * h * slope
+            return z - jnp.stack([d * e - b * f, a * f - c * e]) / (a * d - b * c), None
+
+        return lax.scan(improve, y, None, length=8)[0], None
+
+    ts = h * jnp.arange(1.0 * NUM_STEPS)
+    return lambda y0, args: lax.scan(ft.partial(step, args), y0, ts)[0][None]
+
+
+def euler_heun():
+    """On the same path, which is not part of what is differentiated."""
+    ts = jnp.linspace(0.0, 1.0, NUM_STEPS + 1)
+    ws = quick(jax.vmap(PATH.evaluate))(ts[:-1], ts[1:])
+
+    def step(args, y, inputs):
+        t, w = inputs
+        g = lambda y: diffusion(t, y, args) @ w
+        return y + drift(t, y, args) / NUM_STEPS + (g(y) + g(y + g(y))) / 2, None
+
+    return lambda y0, args: lax.scan(ft.partial(step, args), y0, (ts[:-1], ws))[0][None]
+
+
+#: In place of stock Diffrax, which takes far longer to compile for these.
+WRITTEN_OUT = {
+    "trapezoid": ft.partial(implicit, 0.5),
+    "ImplicitEuler": ft.partial(implicit, 1.0),
+    "EulerHeun": euler_heun,
+}
 
 
 @pytest.mark.parametrize("name", slow(SOLVERS, lambda name: name not in ORDINARY))
@@ -219,7 +264,11 @@ def test_values_and_gradients(name):
         fn = lambda inputs: solve(door, solver, term, inputs, saveat=saveat).ys
         return values_and_gradients(fn, INPUTS)
 
-    expected = answer(None)
+    if name in WRITTEN_OUT:
+        steps = WRITTEN_OUT[name]()
+        expected = values_and_gradients(lambda inputs: steps(*inputs), INPUTS)
+    else:
+        expected = answer(None)
     for door in doors:
         assert_close(answer(door), expected, rounding(), what=f"door {door}")
 
@@ -229,7 +278,8 @@ def test_all_steps():
 
     def answer(door):
         saveat = diffrax.SaveAt(t0=True, steps=True)
-        sol = solve(door, diffrax.Bosh3(), ODE, INPUTS, saveat=saveat)
+        method = {} if door is None else {"method": WITH_A_FINISH}
+        sol = solve(door, diffrax.Bosh3(), ODE, INPUTS, saveat=saveat, **method)
         return (sol.ts[: NUM_STEPS + 1], sol.ys[: NUM_STEPS + 1]), sol.stats
 
     (steps, stats), (expected, counts) = answer("b"), answer(None)

@@ -17,6 +17,7 @@ from deer_ode import (
     MassMatrixTerm,
     Newton,
     RadauIIA,
+    Sequential,
     consistent_initial_values,
     diffeqsolve,
 )
@@ -24,6 +25,7 @@ from deer_ode import (
 from .helpers import (
     assert_close,
     parallel_steps,
+    quick,
     rounding,
     sequential_steps,
     sqrt_eps,
@@ -78,7 +80,7 @@ def angle_after(t, angle=ANGLE, gravity=GRAVITY):
     ).y[0, -1]  # fmt: skip
 
 
-@eqx.filter_jit
+@quick
 def swing(term, solver, dt0, max_steps):
     """One program for all step sizes: those that take fewer steps are padded."""
     y0 = start(jnp.asarray(ANGLE))
@@ -181,6 +183,23 @@ def decay(t, y, dy, args):
     return dy + args * y * z, z - jnp.cos(y) - t
 
 
+@jax.jit
+def implicit_euler(y0, args, ts):
+    """The reduced equation step by step, which is what one stage makes of it."""
+    # Python's loop over Newton steps, so that derivatives are those of the solution.
+    slope = lambda t, y: -args * y * (jnp.cos(y) + t)
+
+    def step(y0, times):
+        t0, t1 = times
+        y = y0
+        for _ in range(6):
+            equation = lambda y: y - y0 - (t1 - t0) * slope(t1, y)
+            y = y - equation(y) / jax.grad(equation)(y)
+        return y, y
+
+    return jnp.concatenate([y0[None], jax.lax.scan(step, y0, (ts[:-1], ts[1:]))[1]])
+
+
 def decay_field(t, y, args):
     y, z = y
     return -args * y * z, z - jnp.cos(y) - t
@@ -199,26 +218,24 @@ def test_index_1_in_every_form():
     """The stages satisfy the constraint, so it is collocation for the reduced one. And
     no step is left to a loop: what does not converge fails.
     """
-    solver, args, ts = RadauIIA(1), jnp.array(0.8), jnp.linspace(0.0, 1.0, 9)
+    solver, args, ts = RadauIIA(1), jnp.array(0.8), np.linspace(0.0, 1.0, 9)
     y0 = (jnp.array(1.0), jnp.array(0.0))
     solve = lambda y0: diffeqsolve(
         DAETerm(decay), DEER(solver, ALL_AT_ONCE), 0.0, 1.0, 0.125, y0, args,
         saveat=diffrax.SaveAt(t0=True, ts=[0.3], steps=True), throw=False,
     )  # fmt: skip
-    sol = eqx.filter_jit(solve)(y0)
+    sol = quick(solve)(y0)
     assert sol.result == diffrax.RESULTS.successful
-    steps = eqx.filter_jit(
-        lambda term, y0: parallel_steps(solver, term, ts, y0, args)[0]
+    steps = lambda term: quick(
+        lambda y0: parallel_steps(solver, term, jnp.asarray(ts), y0, args)[0]
     )
-    reduced = diffrax.ODETerm(lambda t, y, args: -args * y * (jnp.cos(y) + t))
-    expected, between = jax.jit(
-        lambda y0: parallel_steps(solver, reduced, ts, y0, args, jnp.array([0.3]))
-    )(y0[0])
+    expected = np.asarray(implicit_euler(y0[0], args, ts))
     after = 3
-    with_start = lambda start, ys: jnp.concatenate([start[None], ys])
-    saved = lambda xs, x: jnp.concatenate([xs[:after], x, xs[after:]])
-    assert_close(sol.ts, saved(ts, jnp.array([0.3])), rounding())
-    assert_close(sol.ys[0], saved(with_start(y0[0], expected), between), rounding())
+    # One stage makes straight lines.
+    between = np.interp([0.3], ts, expected)
+    saved = lambda xs, x: np.concatenate([xs[:after], x, xs[after:]])
+    assert_close(sol.ts, saved(ts, [0.3]), rounding())
+    assert_close(sol.ys[0], saved(expected, between), rounding())
     # At the points of the grid; between them the polynomials of both are different.
     on_grid = np.asarray(sol.ts) != 0.3
     multiplier = jnp.cos(sol.ys[0]) + sol.ts
@@ -229,23 +246,25 @@ def test_index_1_in_every_form():
     consistent = (y0[0], jnp.cos(y0[0]))
     for name in ("array", "operator"):
         term = MassMatrixTerm(decay_field, MASSES[name])
-        assert_close(steps(term, consistent), made, rounding(), what=name)
+        assert_close(steps(term)(consistent), made, rounding(), what=name)
 
 
 def test_mass_matrix_by_a_function_and_gradients():
     y0 = jnp.array(1.0)
-    reduced = diffrax.ODETerm(lambda t, y, args: -args * y * (jnp.cos(y) + t))
     term = MassMatrixTerm(decay_field, MASSES["function"])
     ts = jnp.linspace(0.0, 1.0, 9)
 
     def loss(inputs, implicit):
         y0, args = inputs
-        solve = lambda term, y0: parallel_steps(RadauIIA(1), term, ts, y0, args)[0]
-        ys = solve(term, (y0, jnp.cos(y0)))[0] if implicit else solve(reduced, y0)
+        if implicit:
+            start = (y0, jnp.cos(y0))
+            ys = parallel_steps(RadauIIA(1), term, ts, start, args)[0][0]
+        else:
+            ys = implicit_euler(y0, args, ts)[1:]
         return jnp.sum(ys**2), ys
 
     inputs = (y0, jnp.array(0.8))
-    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    grad = quick(jax.grad(loss, has_aux=True))
     assert_close(grad(inputs, True), grad(inputs, False), rounding())
 
 
@@ -273,51 +292,56 @@ def test_backward_in_time():
 def test_consistent_initial_values():
     """They find the tension of the string, |v|^2 - g q_y, and its derivatives."""
 
-    @jax.jit
     def tension(angle, speed, gravity):
         initial = consistent_initial_values(PENDULUM, 0.0, start(angle, speed), gravity)
         return initial.y0[2], initial
 
-    inputs = (jnp.array(0.6), jnp.array(1.7), jnp.array(GRAVITY))
-    known = lambda angle, speed, gravity: speed**2 + gravity * jnp.cos(angle)
-    value, initial = tension(*inputs)
-    assert_close(value, known(*inputs), rounding())
+    angle, speed, gravity = inputs = tuple(map(jnp.asarray, (0.6, 1.7, GRAVITY)))
+    known = speed**2 + gravity * np.cos(angle)
+    by_all = quick(jax.value_and_grad(tension, (0, 1, 2), has_aux=True))
+    (value, initial), grads = by_all(*inputs)
+    assert_close(value, known, rounding())
     assert_close(initial.correction, jnp.abs(value), rounding())
     assert float(initial.residual) < rounding()
     assert_close(initial.y0[:2], start(*inputs[:2])[:2], 0.0)
-    grads = jax.jit(jax.grad(lambda *x: tension(*x)[0], (0, 1, 2)))(*inputs)
-    assert_close(grads, jax.grad(known, (0, 1, 2))(*inputs), sqrt_eps())
+    slopes = (-gravity * np.sin(angle), 2 * speed, np.cos(angle))
+    assert_close(grads, tuple(map(jnp.asarray, slopes)), sqrt_eps())
 
 
 @pytest.mark.parametrize("t0", [0, np.int64(0), jnp.array(0)], ids=["int", "np", "jnp"])
 def test_consistent_from_a_whole_time(t0):
     """The constraint moves in time, whatever the dtype of the time."""
     term = DAETerm(lambda t, y, dy, args: jnp.stack([dy[0] - y[1], y[0] - jnp.sin(t)]))
-    initial = consistent_initial_values(term, t0, jnp.zeros(2))
+    initial = quick(lambda y0: consistent_initial_values(term, t0, y0))(jnp.zeros(2))
     assert_close(initial.y0, jnp.array([0.0, 1.0]), 1e-14)
 
 
 def test_inconsistent_initial_values():
-    """A pendulum off its circle."""
+    """A pendulum off its circle; and a solve, of what is smaller to compile, from where
+    the algebraic equation has no solution.
+    """
     on = q, v, tension = start(jnp.asarray(ANGLE))
-    off = (1.1 * q, v, tension)
+    made = quick(
+        lambda y0: consistent_initial_values(PENDULUM, 0.0, y0, jnp.asarray(GRAVITY))
+    )
+    assert float(made(on).residual) < rounding()
+    assert float(made((1.1 * q, v, tension)).residual) > 1e-3
+    # Nor may its speed point out of the circle, though the constraint holds.
+    assert float(made((q, q, tension)).residual) > 1e-3
+
+    term = DAETerm(
+        lambda t, y, dy, args: jnp.stack([dy[0] - y[1], y[0] - 1 - y[1] ** 2])
+    )
     solve = eqx.filter_jit(
         lambda y0, throw: diffeqsolve(
-            PENDULUM, DEER(RadauIIA(1), ALL_AT_ONCE), 0.0, 0.1, 0.05, y0,
-            jnp.asarray(GRAVITY),
-            throw=throw,
+            term, DEER(RadauIIA(1), Sequential()), 0.0, 0.1, 0.05, y0, throw=throw
         )
-    )  # fmt: skip
+    )
+    off = jnp.array([0.1, 0.5])
     with pytest.raises(Exception, match="initial values are not consistent"):
         jax.block_until_ready(solve(off, True).ys)
     assert float(solve(off, False).stats["initial_residual"]) > 1e-3
     # By the same program, which does not always raise.
-    fine = solve(on, True)
-    made = jax.jit(
-        lambda y0: consistent_initial_values(PENDULUM, 0.0, y0, jnp.asarray(GRAVITY))
-    )
-    assert float(made(off).residual) > 1e-3
-    # Nor may its speed point out of the circle, though the constraint holds.
-    assert float(made((q, q, tension)).residual) > 1e-3
+    fine = solve(jnp.array([1.3, 0.5]), True)
     assert float(fine.stats["initial_residual"]) < rounding()
     assert fine.result == diffrax.RESULTS.successful

@@ -1,5 +1,7 @@
 """What depends on what: found from programs, checked against derivatives."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.lax as lax
@@ -15,6 +17,8 @@ from deer_ode._dependence import dependence
 from deer_ode._linearisation import Blockwise
 from deer_ode._misc import StateFlattener
 
+from .helpers import quick
+
 
 #: The size of the state of all tables below: two rows of three, or three of two.
 SIZE = 6
@@ -24,12 +28,27 @@ def found(step, *inputs, size=SIZE):
     return dependence(step, jax.ShapeDtypeStruct((size,), jnp.float64), *inputs)
 
 
-def really(step, *inputs, size=SIZE):
-    """Entries of the Jacobian that are not zero, at one of several points."""
-    points = jr.normal(jr.key(0), (8, size))
-    jacobian = jax.jit(jax.vmap(lambda y: jax.jacfwd(lambda y: step(y, *inputs))(y)))
+@ft.cache
+def values_and_jacobians(step):
+    """Of a batch of points; compiled once for all tests of one process."""
+    twice = lambda y: (step(y),) * 2
+    both = quick(jax.vmap(jax.jacfwd(twice, has_aux=True)))
+
+    def run(points):
+        jacobians, values = both(points)
+        return np.asarray(values), np.asarray(jacobians)
+
+    return run
+
+
+def points():
+    return jr.normal(jr.key(0), (8, SIZE))
+
+
+def there(jacobians):
+    """Entries of a Jacobian that are not zero, at one of several points."""
     # What is not a number depends too.
-    return np.any(np.asarray(jacobian(points)) != 0, axis=0)
+    return np.any(jacobians != 0, axis=0)
 
 
 def blocks(size, num_blocks, interleaved=False):
@@ -262,7 +281,8 @@ def test_what_is_found(name):
     step, expected = TABLE[name]
     mask = found(step)
     assert mask.shape == (SIZE, SIZE)
-    assert not np.any(really(step) & ~mask), mask.astype(int)
+    _, jacobians = values_and_jacobians(step)(points())
+    assert not np.any(there(jacobians) & ~mask), mask.astype(int)
     if expected is not None:
         np.testing.assert_array_equal(mask.astype(int), expected.astype(int))
 
@@ -388,8 +408,23 @@ def test_compositions_are_sound(names, branch, how):
             return jnp.concatenate([out[:3], other[3:]])
         return PARTS[branch](out)
 
-    mask = found(step)
-    assert not np.any(really(step) & ~mask)
+    # The chain rule, so that only the parts are compiled.
+    y = points()
+    out, jacobians = y, np.eye(SIZE)
+    for name in names:
+        out, after = values_and_jacobians(PARTS[name])(jnp.asarray(out))
+        jacobians = after @ jacobians
+    of = out if how == "after" else y
+    other, also = values_and_jacobians(PARTS[branch])(jnp.asarray(of))
+    if how == "after":
+        jacobians = also @ jacobians
+    elif how == "plus":
+        jacobians = jacobians + also
+    elif how == "times":
+        jacobians = other[..., None] * jacobians + out[..., None] * also
+    else:
+        jacobians = np.concatenate([jacobians[:, :3], also[:, 3:]], axis=1)
+    assert not np.any(there(jacobians) & ~found(step))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -57,8 +57,10 @@ ON_THE_ATTRACTOR = (-3.3, -5.7, 14.0)
 
 
 @functools.cache
-def diagnose_lorenz(t1, dt0=0.01, solver=diffrax.Heun(), **kwargs):
-    method = Newton(guess=Coarse(every=2))
+def diagnose_lorenz(
+    t1, dt0=0.01, solver=diffrax.Euler(), guess=Coarse(every=2), **kwargs
+):
+    method = Newton(guess=guess)
     return diagnose(
         diffeqsolve,
         diffrax.ODETerm(lorenz),
@@ -149,7 +151,7 @@ def test_exponent_is_per_unit_of_time(solver, direction):
     found = diagnose(
         diffeqsolve,
         term,
-        DEER(solver),
+        DEER(solver, Newton(guess=Constant())),
         1.0,
         1.0 + 4 * direction,
         0.1 * direction,
@@ -237,7 +239,8 @@ def test_checks_of_the_user_are_of_no_iterate():
     solver = DEER(diffrax.Euler(), Newton(guess=Constant(), window=None, chunk=1))
     call = (term, solver, 0.0, 1.0, 0.1, jnp.array(1.0))
     saveat = diffrax.SaveAt(t1=True, solver_state=True)
-    sol = diffeqsolve(*call, saveat=saveat, max_steps=20)
+    in_turn = DEER(diffrax.Euler(), Sequential())
+    sol = diffeqsolve(term, in_turn, *call[2:], saveat=saveat, max_steps=20)
     found = diagnose(diffeqsolve, *call)
     assert found.converged and found.num_steps == 10
     again = diagnose(diffeqsolve, *call, solver_state=sol.solver_state, max_steps=20)
@@ -294,9 +297,6 @@ def test_reversed():
     np.testing.assert_array_equal(found.residuals, forwards.residuals)
     np.testing.assert_array_equal(found.times, np.arange(20)[::-1])
     assert found.start == 20
-    carries = solve_recurrence(logistic, jnp.array(0.4), xs, reverse=True).carries
-    again = diagnose(scan, logistic, jnp.array(0.4), xs, reverse=True, guess=carries)
-    assert again.num_iterations == 1
 
 
 @pytest.mark.parametrize("steps", slow(("given", "even"), lambda x: x == "even"))
@@ -352,9 +352,8 @@ def test_not_a_number():
 
 def test_not_a_number_later():
     term = diffrax.ODETerm(lambda t, y, args: y**2)
-    found = diagnose(
-        diffeqsolve, term, DEER(diffrax.Heun()), 0, 3, 0.01, jnp.array(1.0)
-    )
+    solver = DEER(diffrax.Heun(), Newton(guess=Constant()))
+    found = diagnose(diffeqsolve, term, solver, 0, 3, 0.01, jnp.array(1.0))
     # It blows up at one; the discrete solution a few steps later.
     assert found.first_nonfinite is not None and 100 < found.first_nonfinite < 120
     assert f"step {found.first_nonfinite}" in found.recommendation
@@ -382,7 +381,8 @@ def test_nothing_to_do():
 
 
 def test_chaos():
-    found = diagnose_lorenz(40.0, max_iterations=6)
+    heun = diffrax.Heun()
+    found = diagnose_lorenz(40.0, solver=heun, guess=Constant(), max_iterations=6)
     assert not found.converged and found.predicted_iterations is None
     text = found.recommendation
     assert f"Chaotic over {found.horizon:.3g} Lyapunov times" in text
@@ -391,7 +391,7 @@ def test_chaos():
     assert "no convergence" in str(found)
     # A window of that length is nothing to worry about.
     window = int(text.split("Window(")[1].split(")")[0])
-    assert diagnose_lorenz(0.01 * window).converged
+    assert diagnose_lorenz(0.01 * window, solver=heun).converged
 
 
 @pytest.mark.slow(covered_by="test_chaos")
@@ -415,7 +415,7 @@ def test_the_recommended_window_converges():
 
 def test_a_bad_guess():
     term, y0 = diffrax.ODETerm(van_der_pol), jnp.array([2.0, 0.0])
-    solver = DEER(diffrax.Heun(), Newton(guess=Constant()))
+    solver = DEER(diffrax.Euler(), Newton(guess=Constant()))
     call = (term, solver, 0, 10, 0.05, y0, 1.0)
     found = diagnose(diffeqsolve, *call, max_iterations=5)
     assert not found.converged and found.guess_error > 0.5
@@ -545,6 +545,19 @@ TERM = diffrax.ODETerm(lambda t, y, args: -y)
 ONE = jnp.array(1.0)
 
 
+def test_tolerances():
+    """The steps are those of the mesh, which is found first."""
+    pid = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    found = diagnose(
+        *(diffeqsolve, TERM, DEER(diffrax.Bosh3()), 0, 1, None, ONE),
+        stepsize_controller=pid,
+    )
+    assert found.converged and 1 < found.num_steps < 32
+    assert found.mesh_stats is not None and found.mesh_stats["num_meshes"] == 1
+    assert found.mesh_stats["num_guess_steps"] > 0
+    assert "1 mesh solved" in str(found)
+
+
 @pytest.mark.parametrize(
     "args, kwargs, message",
     (
@@ -559,11 +572,6 @@ ONE = jnp.array(1.0)
             (diffeqsolve, TERM, DEER(diffrax.Tsit5(), num_substeps=7), 0, 1, 0.1, ONE),
             {},
             "num_substeps=7.*Leave `num_substeps` out",
-        ),
-        (
-            (diffeqsolve, TERM, DEER(diffrax.Tsit5()), 0, 1, 0.1, ONE),
-            dict(stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-3)),
-            "got `PIDController.*SaveAt",
         ),
         (
             (diffeqsolve, TERM, DEER(diffrax.Tsit5()), 0, 1, None, ONE),

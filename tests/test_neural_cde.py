@@ -1,11 +1,12 @@
 """Neural CDEs on irregular series with missing values: parallel as stock Diffrax."""
 
+import functools as ft
 import json
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
@@ -26,13 +27,20 @@ from benchmarks._neural_cde import (
     take,
     train,
 )
+from deer_ode import DEER, Newton
 
-from .helpers import assert_close, rounding, slow_rows
+from .helpers import assert_close, quick, rounding, slow_rows
+from .test_nn import drawn
 
 
 NUM_STEPS, NUM_CLASSES, BATCH = 48, 3, 3
 KINDS = ("linear", "cubic", "rectilinear")
 FORMS = {"raw": False, "to_ode": True}
+#: Of one stage and one window, for the smallest programs.
+SOLVERS = {
+    "deer": DEER(diffrax.Euler(), Newton(window=None, chunk=1)),
+    "diffrax": diffrax.Euler(),
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +74,16 @@ def observed(series, kind):
 
 def controls_of(series, kind):
     ts, xs = observed(series, kind)
-    return jax.vmap(lambda ts, xs: make_control(kind, ts, xs))(
+    return jax.jit(jax.vmap(ft.partial(make_control, kind)))(
         jnp.asarray(ts), jnp.asarray(xs)
     )
 
 
 def classifier_of(as_ode=False):
-    return Classifier(
-        BANDS + 1, 4, NUM_CLASSES, as_ode=as_ode, dtype=jnp.float64,
-        key=jr.key(1),
-    )  # fmt: skip
+    make = ft.partial(
+        Classifier, BANDS + 1, 4, NUM_CLASSES, as_ode=as_ode, dtype=jnp.float64
+    )
+    return drawn(make, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,9 +91,8 @@ def test_nothing_is_missing_from_the_controls(series, kind):
     ts, xs = observed(series, kind)
     controls = controls_of(series, kind)
     assert controls.ts.shape == (12, NUM_STEPS + 1)
-    values = np.asarray(
-        jax.vmap(lambda path: jax.vmap(path.evaluate)(path.ts))(controls)
-    )
+    at_knots = jax.jit(jax.vmap(lambda path: jax.vmap(path.evaluate)(path.ts)))
+    values = np.asarray(at_knots(controls))
     assert np.all(np.isfinite(values))
     # Where something was seen, that is what the path says.
     values = values[:, ::2] if kind == "rectilinear" else values
@@ -94,7 +101,7 @@ def test_nothing_is_missing_from_the_controls(series, kind):
     assert_close(values[..., 1:][seen], xs[seen], rounding())
 
 
-@eqx.filter_jit
+@quick
 def value_and_grad(classifier, controls, labels, solver):
     def of_both(both):
         return loss(*both, labels, solver)
@@ -115,7 +122,7 @@ def test_loss_and_gradients(series, kind, form):
     batch = take(series, controls_of(series, kind), np.arange(BATCH))
     answers = {
         name: value_and_grad(classifier_of(FORMS[form]), *batch, solver)
-        for name, solver in _neural_cde.SOLVERS.items()
+        for name, solver in SOLVERS.items()
     }
     (value, found), grads = answers["deer"]
     (expected, _), expected_grads = answers["diffrax"]

@@ -1,5 +1,6 @@
 """Recurrent layers, against loops and their equations."""
 
+import functools as ft
 import inspect
 
 import equinox as eqx
@@ -50,18 +51,43 @@ def own_function(h, x):
 
 
 def _inputs(seed=0, num_steps=NUM_STEPS):
-    return jr.normal(jr.key(seed), (num_steps, NUM_INPUTS))
+    return normal(seed, num_steps, NUM_INPUTS)
 
 
-def _keys(num=3):
-    return jr.split(jr.key(5), num)
+def normal(seed, *shape):
+    """By NumPy: JAX compiles a program for each shape, of a quarter of a second."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
+def drawn(make, seed, **kwargs):
+    """`make(key=...)`, with all its numbers drawn by NumPy for the same reason: about
+    as large as those that layers begin with.
+    """
+    rng = np.random.default_rng(seed)
+    draw = lambda x: jnp.asarray(rng.uniform(-0.5, 0.5, x.shape), x.dtype)
+    empty = eqx.filter_eval_shape(ft.partial(make, **kwargs), key=jr.key(0))
+    is_array = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    return jtu.tree_map(lambda x: draw(x) if is_array(x) else x, empty)
+
+
+def gru_cell():
+    return drawn(ft.partial(eqx.nn.GRUCell, NUM_INPUTS, 3), 1)
+
+
+def lstm_cell():
+    return drawn(ft.partial(eqx.nn.LSTMCell, NUM_INPUTS, 3), 2)
+
+
+CELLS = (
+    "GRU", "GRU from one's own start", "LSTM", "LEM", "own cell", "own function",
+)  # fmt: skip
+
+
+@ft.cache
 def _cells():
-    gru = eqx.nn.GRUCell(NUM_INPUTS, 3, key=jr.key(1))
-    lstm = eqx.nn.LSTMCell(NUM_INPUTS, 3, key=jr.key(2))
-    lem = LEMCell(NUM_INPUTS, 3, dt=0.6, key=jr.key(3))
-    own = OwnCell(0.4 * jr.normal(jr.key(4), (3, 3)))
+    gru, lstm = gru_cell(), lstm_cell()
+    lem = drawn(ft.partial(LEMCell, NUM_INPUTS, 3, dt=0.6), 3)
+    own = OwnCell(0.4 * normal(4, 3, 3))
     zeros = jnp.zeros(3)
     # A layer; its step in the order of `lax.scan`; its start; its output.
     return {
@@ -97,7 +123,7 @@ def backwards(layer):
 @pytest.mark.parametrize(
     "name, reverse",
     slow_rows(
-        [(name, reverse) for name in _cells() for reverse in (False, True)],
+        [(name, reverse) for name in CELLS for reverse in (False, True)],
         # Each cell one way, and both ways each; a start of one's own with one of them.
         lambda row: (
             row[1] != (row[0] in ("LSTM", "own function"))
@@ -108,6 +134,7 @@ def backwards(layer):
 )
 def test_rnn(name, reverse):
     """Outputs, last state, all states: those of a loop over the cell."""
+    assert set(_cells()) == set(CELLS)
     layer, step, init, output = _cells()[name]
     xs = _inputs()
     layer = RNN(layer.cell, layer.init, reverse=reverse)
@@ -125,8 +152,7 @@ def test_rnn(name, reverse):
 
 def test_rnn_learns_its_start():
     """`init` is a parameter like others."""
-    cell = eqx.nn.GRUCell(NUM_INPUTS, 3, key=jr.key(1))
-    layer, xs = RNN(cell, jnp.ones(3)), _inputs()
+    layer, xs = RNN(gru_cell(), jnp.ones(3)), _inputs()
     ours = quick(jax.grad(lambda m: jnp.sum(jnp.sin(m(xs, method=NEWTON)))))(layer)
     direct = quick(
         jax.grad(
@@ -144,7 +170,7 @@ def test_rnn_needs_a_start():
 
 def test_options_of_a_call_are_named():
     """Where they are given to the layer, and in the signature of the call."""
-    cell = eqx.nn.GRUCell(NUM_INPUTS, 3, key=jr.key(1))
+    cell = gru_cell()
     said = "takes `cell`, `init` and `reverse`; got `method`.*layer.xs.*method=[.]{3}"
     with pytest.raises(TypeError, match=said):
         RNN(cell, method=Newton())
@@ -157,8 +183,7 @@ def test_options_of_a_call_are_named():
 def test_lem_cell():
     """Its equations, with the parameters taken apart by name."""
     cell = LEMCell(NUM_INPUTS, 4, dt=0.3, key=jr.key(0))
-    y, z = jr.normal(jr.key(1), (2, 4))
-    u = jr.normal(jr.key(2), (NUM_INPUTS,))
+    y, z, u = normal(1, 4), normal(2, 4), normal(3, NUM_INPUTS)
 
     def by_the_book(cell, y, z):
         V1, V2, Vz, Vy = jnp.split(cell.from_input.weight, 4)
@@ -206,12 +231,9 @@ def heads_by_the_book(gru, xs):
 
 
 def multi_head(strides=(1,), num_heads=3, size=2, **kwargs):
-    gru = MultiHeadGRU(
-        NUM_INPUTS, num_heads, size, strides=strides, key=jr.key(7), **kwargs
-    )
-    # Biases that are not zero, so that they are seen.
-    bias = 0.3 * jr.normal(jr.key(8), gru.new_bias.shape)
-    return eqx.tree_at(lambda m: m.new_bias, gru, bias)
+    # Biases are not zero, so that they are seen.
+    make = ft.partial(MultiHeadGRU, NUM_INPUTS, num_heads, size, strides=strides)
+    return drawn(make, 7, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -283,8 +305,10 @@ def test_multi_head_states_as_a_guess():
 
 def test_timescales():
     """A head's memory, 1 / (1 - z) steps of constant input, is as asked for."""
+    # Of JAX's generators the one that is quickest to compile.
+    key = jr.key(0, impl="unsafe_rbg")
     make = lambda key: MultiHeadGRU(16, 50, 8, timescales=(3.0, 200.0), key=key)
-    gru = jtu.tree_map(np.asarray, quick(make)(jr.key(0)))
+    gru = jtu.tree_map(np.asarray, quick(make)(key))
     b_r, b_z, b_n = np.split(gru.bias, 3, axis=1)
     for zero in (b_r, b_n, gru.new_bias):
         np.testing.assert_array_equal(zero, 0.0)
@@ -295,7 +319,7 @@ def test_timescales():
     assert abs(where.mean() - 0.5) <= 4 / (12 * 400) ** 0.5
     one = lambda key: MultiHeadGRU(2, 2, 2, timescales=(5.0, 5.0), key=key)
     np.testing.assert_allclose(
-        quick(one)(jr.key(0)).bias[:, 2:4],
+        quick(one)(key).bias[:, 2:4],
         np.log(4.0),
         rtol=rounding(),
     )
@@ -340,7 +364,7 @@ def test_bad_heads(message):
 def both_directions():
     return Bidirectional(
         multi_head(),
-        RNN(eqx.nn.LSTMCell(NUM_INPUTS, 3, key=jr.key(2)), reverse=True),
+        RNN(lstm_cell(), reverse=True),
     )
 
 
@@ -349,7 +373,9 @@ def test_bidirectional():
     solve = quick(lambda m, xs, guess: m.solve(xs, method=NEWTON, guess=guess))
     nothing = zero_states(layer, xs)
     sol = solve(layer, xs, nothing)
-    parts = quick(lambda m, xs: [m.forward(xs), m.backward(xs)])(layer, xs)
+    parts = quick(
+        lambda m, xs: [l(xs, method=Sequential()) for l in (m.forward, m.backward)]
+    )(layer, xs)
     assert_close(sol.ys, jnp.concatenate(parts, axis=-1), rounding())
     assert layer.out_size == 9 == sol.ys.shape[-1]
     # The second half of the outputs knows what is to come and not what was.

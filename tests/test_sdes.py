@@ -1,5 +1,6 @@
 """Stochastic equations: the sample path, the order, and drawing once."""
 
+import functools as ft
 from typing import Any
 
 import diffrax
@@ -12,6 +13,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+
+from deer_ode import Constant, Newton
 
 from .helpers import (
     DOORS,
@@ -101,6 +104,11 @@ PROBLEMS = {
 }
 
 
+#: Neither windows nor chunks nor a sequential finish: fewer programs to compile.
+AT_ONCE = Newton(guess=Constant(), window=None, chunk=1, fallback=False)
+in_parallel = ft.partial(DOORS["b"], method=AT_ONCE)
+
+
 def stock(terms, solver, *args, **kwargs):
     return diffrax.diffeqsolve(terms, solver, *args, **kwargs)
 
@@ -146,13 +154,13 @@ def test_same_path_as_diffrax(name):
     )()
     # Diffrax's other adjoints refuse unsafe paths.
     sequential = run(stock, adjoint=diffrax.ForwardMode())
-    parallel = run(DOORS["b"])
+    parallel = run(in_parallel)
     assert_close(parallel, sequential, rounding(), what=name)
 
 
 def test_backward_in_time():
     run = lambda how: solve(how, "Euler", 1.0, 0.0, max_steps=40).ys
-    assert_close(run(DOORS["b"]), run(stock), rounding())
+    assert_close(run(in_parallel), run(stock), rounding())
 
 
 @pytest.mark.slow(covered_by="test_solvers.py::test_float32")
@@ -187,7 +195,7 @@ def test_gradients_equal_those_of_diffrax(name):
 
         return eqx.filter_jit(jax.grad(loss))((y0, args))
 
-    assert_close(gradient(DOORS["b"]), gradient(stock), rounding(), what=name)
+    assert_close(gradient(in_parallel), gradient(stock), rounding(), what=name)
 
 
 # --- order of convergence -----------------------------------------------------------
@@ -203,7 +211,7 @@ def final_states(solver, make_terms, levy_area, counts, max_steps):
     def run(dt0, keys):
         def one(key):
             path = diffrax.VirtualBrownianTree(0.0, 1.0, 2**-11, (), key, levy_area)
-            solution = DOORS["b"](
+            solution = in_parallel(
                 make_terms(path), solver, 0.0, 1.0, dt0, jnp.array(1.0),
                 max_steps=max_steps,
             )  # fmt: skip
@@ -288,7 +296,7 @@ def test_the_path_is_in_the_program_once(name):
 
     def loss(args):
         saveat = diffrax.SaveAt(ts=jnp.array([0.3, 1.0]), dense=True)
-        sol = DOORS["b"](terms, solver, 0.0, 1.0, 1 / 16, y0, args, saveat=saveat)
+        sol = in_parallel(terms, solver, 0.0, 1.0, 1 / 16, y0, args, saveat=saveat)
         return jnp.sum(sol.ys)
 
     one_call = count_normals(jax.make_jaxpr(lambda: tree().evaluate(0.0, 0.1))().jaxpr)
@@ -362,7 +370,7 @@ def test_solvers_that_ask_in_loops_ask_the_path_itself():
         how(terms, _AsksInALoop(), 0.0, 1.0, 0.25, y0, args, max_steps=4, **kwargs).ys
     )
     sequential = run(stock, adjoint=diffrax.ForwardMode())
-    assert_close(run(DOORS["b"]), sequential, rounding())
+    assert_close(run(in_parallel), sequential, rounding())
 
 
 def test_increments_that_depend_on_the_state_are_not_stored():
@@ -378,7 +386,7 @@ def test_increments_that_depend_on_the_state_are_not_stored():
 def test_nothing_stored_is_given_for_something_else():
     from deer_ode._discretisation._increments import record_draw
 
-    terms = diffrax.ControlTerm(multiplicative, tree(AREA))
+    terms = diffrax.ControlTerm(multiplicative, tree())
     step = lambda terms, y, x: y + terms.contr(*x)
     x = (jnp.array(0.25), jnp.array(0.5))
     draw = record_draw(step, terms, jnp.zeros(2), x)
@@ -396,8 +404,8 @@ def test_nothing_stored_is_given_for_something_else():
     assert_close(other.contr(*x), expected, 0)
     # Whatever else a field may want of its path.
     path: Any = other.control
-    assert path.tol == tree(AREA).tol
-    assert path.levy_area is AREA
+    assert path.tol == tree().tol
+    assert path.levy_area is diffrax.BrownianIncrement
 
 
 def test_the_recorded_program_holds_nothing_but_the_path():

@@ -12,6 +12,7 @@ import pytest
 
 from deer_ode import (
     DEER,
+    Constant,
     Dense,
     Newton,
     Obreshkov,
@@ -27,6 +28,7 @@ from .helpers import (
     ROOT_FINDER,
     assert_close,
     both,
+    quick,
     rounding,
     slow,
     slow_rows,
@@ -73,7 +75,8 @@ def test_fewer_iterations():
     """A chunk goes right through what Newton's method finds step by step."""
     inputs = tanh_network(200, gain=3.0, seed=3)
     plain, chunks = (
-        solve(*inputs, Newton(window=None, chunk=chunk)) for chunk in (1, 100)
+        solve(*inputs, Newton(window=None, chunk=chunk, fallback=False))
+        for chunk in (1, 100)
     )
     count = lambda sol: int(sol.stats["num_newton_steps"])
     # Two chunks: the second one is right once the first one is.
@@ -138,8 +141,9 @@ def test_numbers_within_a_chunk_that_are_larger_than_its_ends():
     times = jnp.arange(2048) / 16
     wave = both(lambda y, t: y + jnp.cos(2 * jnp.pi * t) / 16)
     method = Newton(chunk=16, window=None, fallback=False)
-    sol = solve_recurrence(wave, jnp.array(0.0), times, method=method)
-    assert_close(sol.ys, lax.scan(wave, jnp.array(0.0), times)[1], rounding())
+    run = lambda times: solve_recurrence(wave, jnp.array(0.0), times, method=method).ys
+    expected = lax.scan(wave, jnp.array(0.0), times)[1]
+    assert_close(quick(run)(times), expected, rounding())
 
 
 @pytest.mark.slow(
@@ -172,11 +176,11 @@ def test_without_a_finish():
 @pytest.mark.parametrize("num_steps", slow((48, 50), lambda n: n == 48))
 def test_a_given_guess(num_steps):
     inputs = tanh_network(num_steps, gain=1.2)
-    plain = Newton(chunk=8, window=None)
+    plain = Newton(chunk=8, window=None, fallback=False)
     cold = solve(*inputs, plain)
     for method, guess in (
         (plain, cold.carries),
-        (Newton(guess=Trajectory(cold.carries), chunk=8, window=None), None),
+        (plain.start_from(Trajectory(cold.carries)), None),
     ):
         warm = solve(*inputs, method, guess=guess)
         assert_close(warm.ys, cold.ys, rounding())
@@ -190,7 +194,7 @@ def test_a_given_guess(num_steps):
 def test_jacobians_that_do_not_fit():
     """Where 100 of them would, for 4,000 steps: the solve goes on all the same."""
     inputs = tanh_network(4000, gain=0.8)
-    few = Newton(Dense(100 * 9 * 8), window=None)
+    few = Newton(Dense(100 * 9 * 8), window=None, fallback=False)
     assert_close(solve(*inputs, few).ys, loop(*inputs), rounding())
 
 
@@ -235,9 +239,10 @@ def test_differential_equation(max_steps, window):
 
     def both_of(solver, solve):
         fn = jax.value_and_grad(lambda a: run(solver, a, solve), has_aux=True)
-        return jax.jit(fn)(jnp.array(1.3))
+        return quick(fn)(jnp.array(1.3))
 
-    chunked = DEER(diffrax.Heun(), Newton(chunk=8, window=window))
+    method = Newton(guess=Constant(), chunk=8, window=window, fallback=False)
+    chunked = DEER(diffrax.Heun(), method)
     actual = both_of(chunked, diffeqsolve)
     assert_close(actual, both_of(diffrax.Heun(), diffrax.diffeqsolve), rounding())
 
@@ -245,9 +250,10 @@ def test_differential_equation(max_steps, window):
 def test_batches():
     weights, y0, xs = tanh_network(60, gain=1.0)
     starts = jnp.stack([y0, 2 * y0, -y0])
-    run = lambda y0: solve(weights, y0, xs, Newton(chunk=8)).ys
-    expected = jax.vmap(lambda y0: loop(weights, y0, xs))(starts)
-    assert_close(jax.vmap(run)(starts), expected, rounding())
+    method = Newton(chunk=8, window=None, fallback=False)
+    run = lambda y0: solve(weights, y0, xs, method).ys
+    expected = quick(jax.vmap(lambda y0: loop(weights, y0, xs)))(starts)
+    assert_close(quick(jax.vmap(run))(starts), expected, rounding())
 
 
 @pytest.mark.parametrize(
@@ -267,3 +273,22 @@ def test_steps_that_are_equations(solver):
 def test_wrong_chunks(chunk):
     with pytest.raises(ValueError, match="`Newton.chunk=.*positive integer.*got"):
         Newton(chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [diffrax.Euler(), pytest.param(diffrax.EulerHeun(), marks=pytest.mark.slow)],
+)
+def test_explicit_steps_without_a_tableau(solver):
+    term = diffrax.ODETerm(lambda t, y, args: -jnp.sin(y))
+    noise = diffrax.ControlTerm(
+        lambda t, y, args: 0.1 * y,
+        diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (), jax.random.key(0)),
+    )
+    if isinstance(solver, diffrax.EulerHeun):
+        term = diffrax.MultiTerm(term, noise)
+    problem = (0.0, 1.0, 1 / 16, jnp.array(1.0))
+    method = Newton(guess=Constant(), chunk=4, window=None, fallback=False)
+    sol = diffeqsolve(term, DEER(solver, method), *problem)
+    expected = diffrax.diffeqsolve(term, solver, *problem)
+    assert_close(sol.ys, expected.ys, rounding())

@@ -42,6 +42,15 @@ from ._one_step import innermost, one_step, tracing_steps
 # Solvers of stiff equations, which explicit steps cannot guess.
 _STIFF = (diffrax.AbstractImplicitSolver, AbstractExponentialRosenbrock)
 
+# Without a tableau, and explicit as well.
+_EXPLICIT = (
+    diffrax.Euler,
+    diffrax.EulerHeun,
+    diffrax.ItoMilstein,
+    diffrax.SemiImplicitEuler,
+    diffrax.StratonovichMilstein,
+)
+
 
 class StepInputs(NamedTuple):
     """What tells one step from another; the fields are stacked over the grid."""
@@ -161,7 +170,7 @@ class StepMap(AbstractMapRecurrence):
             self.num_stages = solver.tableau.num_stages  # pyright: ignore
         self.y0 = flat_y0
         self.harmless = (flat_y0, x)
-        self.is_explicit = is_explicit_rk(solver)
+        self.is_explicit = is_explicit_rk(solver) or type(solver) in _EXPLICIT
         implicit = diffrax.AbstractImplicitSolver
         self.solves_equations = isinstance(innermost(solver), implicit)
 
