@@ -1,5 +1,11 @@
 import gc
+import os
 from pathlib import Path
+
+
+# On CPUs XLA compiles the parts of a program in threads, which only wait for each other
+# where there is a process for each core. Before JAX is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 import pytest

@@ -436,7 +436,7 @@ def test_room_grows_with_what_is_wanted(method):
 @pytest.mark.parametrize(
     "controller",
     [
-        PID,
+        pytest.param(PID, marks=pytest.mark.slow),
         diffrax.PIDController(rtol=1e-5, atol=1e-7, pcoeff=0.3, icoeff=0.4, dtmax=0.3),
         diffrax.ClipStepSizeController(PID, step_ts=[3.3], jump_ts=[5.0]),
     ],
@@ -542,7 +542,9 @@ def test_too_little_room():
     assert int(sol.stats["num_steps"]) == 512 < int(sol.stats["num_mesh_steps"])
 
 
-@pytest.mark.parametrize("method", [AT_ONCE, Auto()])
+@pytest.mark.parametrize(
+    "method", [pytest.param(AT_ONCE, marks=pytest.mark.slow), Auto()]
+)
 def test_a_solution_that_blows_up(method):
     square = diffrax.ODETerm(lambda t, y, args: y**2)
     run = lambda throw: solve(

@@ -201,6 +201,7 @@ def test_a_field_that_overflows_on_the_way():
     assert_close(actual.ys, expected, rounding())
 
 
+@pytest.mark.slow(covered_by="test_answers_and_gradients_are_the_same")
 def test_a_stochastic_equation():
     """The noise is part of what is linearised."""
     path = diffrax.VirtualBrownianTree(0.0, 6.0, 1e-3, (), jr.key(3))

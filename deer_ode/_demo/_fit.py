@@ -289,7 +289,7 @@ def compare(task: Task, training: Training, repeats: int = 3) -> Comparison:
     level = jnp.asarray(1.0, z.dtype)
 
     mesh = jnp.asarray(task.information(frame.mean).mesh)
-    programs = {"ours": (True, None), "same": (False, mesh), "adaptive": (False, None)}
+    programs = {"ours": (), "same": (False, mesh), "adaptive": (False,)}
     outcomes, seconds = {}, {name: [] for name in programs}
     for _ in range(repeats + 1):
         for name, program in programs.items():
