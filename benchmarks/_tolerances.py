@@ -322,7 +322,8 @@ def main(argv=None) -> None:
     if options.only or options.quick:
         return
     results = dict(environment=environment(), rows=rows)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    # A line for each row.
+    RESULTS.write_text(json.dumps(results).replace('{"problem"', '\n{"problem"') + "\n")
     report(results)
 
 
