@@ -222,7 +222,10 @@ class Refinement(eqx.Module):
         smallest = jnp.min(tolerances, axis=1, keepdims=True)
         # As good as random.
         signs = jnp.sin(1e4 * jnp.arange(1, ys.size + 1, dtype=ys.dtype) ** 2)
-        return ys + MESH_PERTURBATION * smallest * signs.reshape(ys.shape)
+        change = MESH_PERTURBATION * smallest * signs.reshape(ys.shape)
+        # No entry changes its sign: a field may be defined on one side of zero only.
+        outwards = jnp.where(ys < 0, -1, 1) * jnp.abs(change)
+        return ys + jnp.where(ys * (ys + change) > 0, change, outwards)
 
     def _candidate(self) -> tuple[Mesh, Trajectory, Int[Array, ""]]:
         """The first mesh that is solved for the answer, with a guess."""

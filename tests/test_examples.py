@@ -136,6 +136,7 @@ def test_resumed_is_the_same_run(parallel, folder):
         classify.train(options(out, "--resume", "--seed", "1"), tones())
 
 
+@pytest.mark.slow(covered_by="test_scan.py::test_guess")
 def test_last_states_save_newton_steps(parallel, folder):
     warm = classify.train(options(folder / "warm", "--warm-start"), tones())
     # Samples are met for the second time in the second epoch. (45 are for training, and

@@ -206,6 +206,21 @@ def test_the_first_mesh_is_stable():
     assert int(sol.stats["num_newton_steps"]) <= 4
 
 
+@pytest.mark.slow(covered_by="test_the_first_mesh_is_stable")
+def test_a_field_of_positive_states_only():
+    """No state from which errors are estimated leaves that side."""
+    sol = solve(
+        term=diffrax.ODETerm(lambda t, y, args: -(y**1.5)),
+        t1=1e3,
+        y0=jnp.array([1.0, 1e-7]),
+    )
+    exact = (jnp.array([1.0, 1e-7]) ** -0.5 + 1e3 / 2) ** -2
+    np.testing.assert_allclose(sol.ys[0], exact, rtol=0, atol=float(PID.atol))
+    # Diffrax accepts 43.
+    assert int(sol.stats["num_steps"]) <= 43
+
+
+@pytest.mark.slow(covered_by="test_as_accurate_as_stock_in_as_many_steps")
 def test_loose_tolerances():
     """A mesh for 1e-3 would miss the fast phases of the loose solve."""
     field = diffrax.ODETerm(lambda t, y, a: _hard.van_der_pol(t, y, 5.0))

@@ -60,6 +60,7 @@ def test_the_answer_is_the_sequential_one(coupling):
         assert iterations[0] > iterations[1]
 
 
+@pytest.mark.slow(covered_by="test_newton.py::test_gradients_are_exact_in_every_mode")
 def test_gradients_are_exact_where_the_linearisation_is_not():
     def loss(gravity, method):
         q, _ = solve(0.01, gravity, method).ys

@@ -145,6 +145,7 @@ def test_linear_system(solver, modes):
     assert int(sol.stats["num_fallback_steps"]) <= (2 if solver == Exprb43() else 0)
 
 
+@pytest.mark.slow(covered_by="test_problems_of_the_test_sets")
 def test_obreshkov_does_not_damp():
     """It is stable, and no more: what is infinitely stiff alternates."""
     start = _MODES @ np.array([0.0, 1.0])

@@ -108,8 +108,8 @@ class Task:
         )
         # Room for the steps, whose number changes with the parameters.
         sol = self.integrate_stock(self.model(self.first), self.problem.times)
-        num_steps = int(sol.stats["num_accepted_steps"])
-        self._room = 2 ** math.ceil(math.log2(1.5 * num_steps))
+        num_mesh_steps = int(sol.stats["num_accepted_steps"])
+        self._room = 2 ** math.ceil(math.log2(1.5 * num_mesh_steps))
         self.gradient_step = eqx.filter_jit(self._gradient_step)
         self._compiled_information = eqx.filter_jit(self._information)
 
@@ -127,7 +127,8 @@ class Task:
         run = diffeqsolve if is_ours else diffrax.diffeqsolve
         solver = DEER(self.solver, Newton()) if is_ours else self.solver
         times = self.problem.times
-        controller, room = self.controller, self._room if is_ours else 4096
+        # Diffrax counts rejected steps as well.
+        controller, room = self.controller, self._room * (1 if is_ours else 2)
         if mesh is not None:
             controller, room = diffrax.StepTo(mesh), mesh.size - 1
         saveat = diffrax.SaveAt(ts=times) if saveat is None else saveat
