@@ -199,7 +199,7 @@ def _print_times(comparison) -> None:
         print(f"{name:24}{first:>12}{second:>22}{third:>20}")
     print(
         f"\nDEER: {speed(same / ours)} on the same steps, "
-        f"{adaptive / ours:.1f} times adaptive "
+        f"{speed(adaptive / ours)} on its own "
         f"(JAX {jax.__version__}, {jax.devices()[0].device_kind})"
     )
 

@@ -195,7 +195,6 @@ class Training(NamedTuple):
     newton_steps: list[int]
     num_mesh_steps: list[int]
     num_fallback_steps: int
-    seconds: float
     first_states: Float[Array, "points state"]
     states: Float[Array, "points state"]
     mesh: Float[np.ndarray, " knots"]
@@ -207,7 +206,7 @@ def train(task: Task, num_steps: int) -> Training:
     """Fits all parameters by momentum, in coordinates made to measure."""
     mean = task.first
     first = found = task.information(mean)
-    stats, losses, seconds = [first.stats], [], []
+    stats, losses = [first.stats], []
     num_data = task.problem.positions.size
     ends = np.linspace(0, num_steps, min(_NUM_ROUNDS, num_steps) + 1).astype(int)
     with tqdm(total=num_steps, desc="training", unit="step") as progress:
@@ -221,11 +220,9 @@ def train(task: Task, num_steps: int) -> Training:
             z = jnp.zeros_like(mean)
             opt_state = task.optimiser.init(z)
             for _ in range(count):
-                start = time.perf_counter()
-                z, opt_state, loss, _, sol = jax.block_until_ready(
-                    task.gradient_step(z, frame, opt_state, level)
+                z, opt_state, loss, _, sol = task.gradient_step(
+                    z, frame, opt_state, level
                 )
-                seconds.append(time.perf_counter() - start)
                 losses.append(float(loss))
                 stats.append(sol.stats)
                 num_newton_steps = int(sol.stats["num_newton_steps"])
@@ -244,8 +241,6 @@ def train(task: Task, num_steps: int) -> Training:
         newton_steps=counts("num_newton_steps"),
         num_mesh_steps=counts("num_accepted_steps"),
         num_fallback_steps=sum(counts("num_fallback_steps")),
-        # The first one was compiled.
-        seconds=float(np.median(seconds[1:])) if len(seconds) > 1 else float("nan"),
         first_states=first.states,
         states=found.states,
         mesh=found.mesh,
@@ -290,13 +285,17 @@ def compare(task: Task, training: Training, repeats: int = 3) -> Comparison:
     level = jnp.asarray(1.0, z.dtype)
 
     mesh = jnp.asarray(task.information(frame.mean).mesh)
-    programs = {"ours": (), "same": (False, mesh), "adaptive": (False,)}
+    programs = {
+        "ours": {},
+        "same": dict(is_ours=False, mesh=mesh),
+        "adaptive": dict(is_ours=False),
+    }
     outcomes, seconds = {}, {name: [] for name in programs}
     for _ in range(repeats + 1):
-        for name, program in programs.items():
+        for name, how in programs.items():
             start = time.perf_counter()
             outcomes[name] = jax.block_until_ready(
-                task.gradient_step(z, frame, opt_state, level, *program)
+                task.gradient_step(z, frame, opt_state, level, **how)
             )
             seconds[name].append(time.perf_counter() - start)
     # The first ones were compiled.

@@ -1,4 +1,4 @@
-"""The picture: orbits, loss, and the residuals of Newton's method."""
+"""The picture: orbits, loss, time steps, and the residuals of Newton's method."""
 
 import numpy as np
 from jaxtyping import Float
