@@ -114,11 +114,12 @@ class Diagnosis:
     def __str__(self):
         mesh = ()
         if self.mesh_stats is not None:
-            num_meshes, num_newton_steps, num_guess_steps = self.mesh_stats.values()
+            num_meshes = self.mesh_stats["num_meshes"]
             plural = "" if num_meshes == 1 else "es"
             mesh = (
-                f"{num_meshes} mesh{plural} solved in {num_newton_steps} iterations "
-                f"for the tolerance, from a guess of {num_guess_steps} sequential "
+                f"{num_meshes} mesh{plural} solved in "
+                f"{self.mesh_stats['num_newton_steps']} iterations for the tolerance, "
+                f"from a guess of {self.mesh_stats['num_guess_steps']} sequential "
                 "steps; on the last:",
             )
         verdict = "converged" if self.converged else "not converged"

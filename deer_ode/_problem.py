@@ -108,8 +108,12 @@ def _on_a_mesh(arguments: dict) -> tuple[dict, dict[str, int] | None]:
     solver = dataclasses.replace(
         solver, solver=with_tolerances(solver.solver, controller)
     )
+    # States of an earlier solve are those of another mesh.
     arguments = arguments | dict(
-        solver=solver, stepsize_controller=diffrax.StepTo(ts), dt0=None
+        solver=solver,
+        stepsize_controller=diffrax.StepTo(ts),
+        dt0=None,
+        solver_state=None,
     )
     return arguments, {name: int(sol.stats[name]) for name in names}
 
