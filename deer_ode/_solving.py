@@ -48,8 +48,8 @@ class Solved(NamedTuple):
         failed = failed & self.discretised.grid.active
         if self.refined is None or self.refined.solution is not None:
             return failed
-        # Steps chosen one after the other did succeed. Made once more, a root finder
-        # may miss its tolerance by rounding.
+        # Sequential steps succeeded when their lengths were chosen. When they are
+        # recomputed, a root finder may miss its tolerance by rounding.
         steps = jnp.arange(failed.shape[0], dtype=jnp.int32)
         return failed & (steps >= self.refined.num_accurate)
 
