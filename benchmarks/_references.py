@@ -5,20 +5,14 @@ the folder that the environment variable DEER_ODE_DATA names.
 """
 
 import json
-import os
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
 
+from examples.datasets import data_folder
 
-FOLDER = os.environ.get("DEER_ODE_DATA")
-FOLDER = (
-    pathlib.Path(__file__).parents[2] / "shared" / "data"
-    if FOLDER is None
-    else pathlib.Path(FOLDER)
-)
-FILE = FOLDER / "ivp_reference.json"
+
+FILE = data_folder() / "ivp_reference.json"
 
 
 def _three_bodies(t, y, args):
