@@ -173,7 +173,7 @@ def test_as_accurate_as_stock_in_as_many_steps(term, y0, t1, solver, rtol):
         DEER(solver, Newton()), term, t1, jnp.array(y0), stepsize_controller=pid
     )
     ours = stock(solver, term, t1, jnp.array(y0), pid)
-    tight = diffrax.PIDController(rtol=1e-12, atol=1e-12)
+    tight = diffrax.PIDController(rtol=1e-13, atol=1e-13)
     exact = stock(diffrax.Dopri8(), term, t1, jnp.array(y0), tight).ys
     error = lambda ys: float(jnp.max(jnp.abs(ys - exact)))
     assert error(sol.ys) <= 10 * error(ours.ys)
