@@ -48,12 +48,14 @@ class MeshRefinement(diffrax.AbstractAdaptiveStepSizeController):
     $$\left\| \frac{e}{\text{atol} + \text{rtol} \, \max(|y_{i-1}|, |y_i|)} \right\|
     \le 1,$$
 
-    with the base solver's own error estimate $e$. In [`deer_ode.diffeqsolve`][] and
-    with [`deer_ode.ParallelAdjoint`][] a `PIDController`, or a
-    `ClipStepSizeController` around one, is translated to this by itself; its
-    coefficients `pcoeff`, `icoeff`, `dcoeff`, `factormin`, `factormax`, and `dt0`, have
-    no meaning there. Stochastic equations are not solved to a tolerance in parallel,
-    and the steps of Diffrax's implicit solvers are chosen as below.
+    with the base solver's own error estimate $e$. The steps are solved for to rounding,
+    relative to entries of at least $\text{atol} / \text{rtol}$.
+
+    In [`deer_ode.diffeqsolve`][] and with [`deer_ode.ParallelAdjoint`][] a
+    `PIDController`, or a `ClipStepSizeController` around one, is translated to this by
+    itself; its coefficients `pcoeff`, `icoeff`, `dcoeff`, `factormin`, `factormax`, and
+    `dt0`, have no meaning there. Stochastic equations are not solved to a tolerance in
+    parallel, and the steps of Diffrax's implicit solvers are chosen as below.
 
     Where steps are sequential (by default on a CPU, where that is faster) they are
     those of Diffrax, by any of its controllers, for stochastic equations as well; this
@@ -121,6 +123,15 @@ class MeshRefinement(diffrax.AbstractAdaptiveStepSizeController):
         """The times at which a step has to end."""
         times = [ts for ts in (self.step_ts, self.jump_ts) if ts is not None]
         return jnp.concatenate([jnp.zeros(0, dtype), *(t.astype(dtype) for t in times)])
+
+    def threshold(self, dtype: Any) -> Float[Array, ""]:
+        """Entries below it are asked for in absolute terms. The equations of the steps
+        are solved far more accurately than the tolerance, with a purely absolute one
+        as well.
+        """
+        least = float(jnp.finfo(dtype).eps) ** 0.5
+        rtol = jnp.maximum(jnp.asarray(self.rtol, dtype), least)
+        return jnp.asarray(self.atol, dtype) / rtol
 
     def wrap(self, direction):
         turn = lambda ts: None if ts is None else jnp.sort(ts * direction)

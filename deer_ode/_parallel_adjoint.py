@@ -103,6 +103,11 @@ def _on_a_mesh(
 ) -> tuple[Discretised, Refined]:
     """The same equation on the mesh that meets the tolerance, and its solution."""
     controller = inputs.stepsize_controller
+    mesh = as_mesh_refinement(controller)
+    if mesh is not None:
+        discretised = discretised.with_threshold(
+            mesh.threshold(discretised.recurrence.y0.dtype)
+        )
     order = inputs.solver.error_order(inputs.terms)
     recurrence = discretised.recurrence
     is_sequential = method.is_sequential(recurrence, default_platform())
@@ -114,7 +119,7 @@ def _on_a_mesh(
     else:
         refined = _refined(inputs, state, discretised, method, order)
     # The mesh has no derivatives, but the times that it was made for may.
-    mesh, grid = as_mesh_refinement(controller), refined.grid
+    grid = refined.grid
     given = given_times(mesh, state.tprev, inputs.t1)
     grid = Grid(
         moved_with(given, grid.tprev),

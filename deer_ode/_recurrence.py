@@ -91,11 +91,21 @@ class AbstractRecurrence(eqx.Module):
         may have several dtypes.)
     - `is_explicit`: whether a step is a map that solves nothing within, so that it can
         be taken from any state, and differentiated there.
+    - `threshold`: entries below it are asked for in absolute terms, not relative to
+        their size; `None` where every entry matters however small it is.
     """
 
     y0: eqx.AbstractVar[State]
     eps: eqx.AbstractVar[tuple[float, ...]]
     is_explicit: eqx.AbstractVar[bool]
+    threshold: eqx.AbstractVar[Float[Array, ""] | None]
+
+    def sizes(self, ys: Trajectory) -> Trajectory:
+        """How large the entries are to which errors are relative."""
+        sizes = jnp.abs(ys)
+        if self.threshold is None:
+            return sizes
+        return jnp.maximum(sizes, self.threshold)
 
     @property
     @abc.abstractmethod
@@ -317,14 +327,14 @@ class AbstractMapRecurrence(AbstractRecurrence):
 
     def linearise(self, ys, linearisation):
         values, A = self.jacobians(ys, linearisation)
-        return self._linearised(ys, values, A, jnp.abs(ys))
+        return self._linearised(ys, values, A, self.sizes(ys))
 
     def _linearised(self, ys, values, A, sizes) -> Linearised:
         """`sizes` is how large the entries are by which a step rounds its value."""
         # Any finite matrix will do where there is no derivative.
         A = A.where_finite()
         residual = values - ys
-        before = jnp.abs(previous_states(self.y0, ys))
+        before = self.sizes(previous_states(self.y0, ys))
         scale = sizes + A.abs().apply(before)
         rounding = scale * arbitrary_signs(scale)
         return Linearised(residual, A, residual, scale, scale, rounding)
@@ -345,6 +355,7 @@ class Recurrence(AbstractMapRecurrence):
     y0: Float[Array, " state"]
     xs: PyTree[Array]
     flattener: StateFlattener
+    threshold = None
     _groups: tuple[int, ...] | None = eqx.field(static=True)
 
     def __init__(

@@ -68,6 +68,10 @@ class Chunks(AbstractMapRecurrence):
         return self.steps.eps
 
     @property
+    def threshold(self):
+        return self.steps.threshold
+
+    @property
     def f(self):  # pyright: ignore
         return lambda y, inputs: self._through(y, inputs)[0]
 
@@ -95,7 +99,7 @@ class Chunks(AbstractMapRecurrence):
         def step(carry, inputs):
             y, sizes = carry
             y = self._take(y, inputs)
-            now = finite(jnp.abs(lax.stop_gradient(y)))
+            now = finite(self.sizes(lax.stop_gradient(y)))
             return (y, jnp.maximum(sizes, now)), None
 
         return lax.scan(step, (y, jnp.zeros_like(y)), inputs)[0]

@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 import optimistix as optx
 import pytest
+import scipy.integrate
 from hypothesis import given, settings, strategies as st
 
 from benchmarks import _hard
@@ -187,7 +188,8 @@ def test_as_accurate_as_stock_in_as_many_steps(term, y0, t1, solver, rtol):
 
 def test_the_first_mesh_is_stable():
     """The loose solve is smooth, so long steps look accurate from its states; but the
-    fastest modes would grow.
+    fastest modes would grow. Entries far below the absolute tolerance, which the last
+    ones are at first, take no iterations of their own.
     """
     rates = jnp.arange(1.0, 10.0)
 
@@ -203,7 +205,8 @@ def test_the_first_mesh_is_stable():
         stepsize_controller=diffrax.PIDController(rtol=1e-4, atol=1e-6),
     )
     assert int(sol.stats["num_meshes"]) == 1
-    assert int(sol.stats["num_newton_steps"]) <= 4
+    # The equation is linear, so the second iteration only sees that.
+    assert int(sol.stats["num_newton_steps"]) == 2
 
 
 @pytest.mark.slow(covered_by="test_the_first_mesh_is_stable")
@@ -256,7 +259,7 @@ def test_single_precision():
 
 
 @pytest.mark.parametrize(
-    "method", [Newton(), pytest.param(Auto(), marks=pytest.mark.slow)]
+    "method", [AT_ONCE, pytest.param(Auto(), marks=pytest.mark.slow)]
 )
 def test_gradients_are_those_on_the_mesh(method):
     ts = jnp.linspace(0.5, 10.0, 7)
@@ -427,10 +430,12 @@ def test_controlled_equations():
     term = diffrax.ControlTerm(field, control)
     controller = diffrax.ClipStepSizeController(PID, step_ts=ts)
     sol = solve(term=term, t1=3.0, y0=jnp.ones(1), stepsize_controller=controller)
-    exact = diffrax.diffeqsolve(
-        *(term, diffrax.Dopri8(), 0.0, 3.0, 0.001, jnp.ones(1)), max_steps=3001
-    )
-    assert_close(sol.ys, exact.ys, 1e-5)
+    y = [1.0]
+    for k, slope in enumerate(np.diff(xs[:, 1])):
+        rate = lambda t, y, slope=slope: np.cos(y) + slope * np.sin(y)
+        ends = scipy.integrate.solve_ivp(rate, (k, k + 1), y, rtol=1e-10, atol=1e-10)
+        y = ends.y[:, -1]
+    assert_close(sol.ys[0], y, 1e-5)
     assert int(sol.stats["num_guess_steps"]) == 0
 
 
@@ -565,7 +570,10 @@ def test_a_solution_that_blows_up(method):
     run = lambda throw: solve(
         DEER(diffrax.Tsit5(), method), square, 2.0, jnp.ones(1), throw=throw
     )
-    assert run(False).result != OKAY
+    sol = run(False)
+    assert sol.result == diffrax.RESULTS.dt_min_reached
+    # Steps that rounding keeps from becoming shorter are not tried again.
+    assert int(sol.stats["num_guess_steps"]) <= 400
     if isinstance(method, Auto):
         with pytest.raises(Exception, match="step"):
             run(True)
@@ -575,6 +583,16 @@ def test_below_rounding():
     pid = diffrax.PIDController(rtol=jnp.array(1e-17), atol=jnp.array(0.0))
     sol = solve(stepsize_controller=pid, max_steps=512, throw=False)
     assert sol.result == diffrax.RESULTS.max_steps_reached
+
+
+def test_an_absolute_tolerance_alone():
+    """Without a relative one every entry is below the threshold, and yet the steps are
+    solved for to far below the tolerance.
+    """
+    pid = diffrax.PIDController(rtol=jnp.array(0.0), atol=jnp.array(1e-7))
+    sol = solve(stepsize_controller=pid, max_steps=512, throw=False)
+    # Diffrax's steps end with an error of 1.0e-7.
+    assert float(jnp.max(jnp.abs(sol.ys[0] - exact_states()[-1]))) <= 2e-7
 
 
 @METHODS
@@ -632,18 +650,15 @@ def test_implicit_steps_that_only_just_succeed():
 def test_checks_count_on_the_answer_only():
     """The first guess steps beyond the bound; no state of the answer does."""
 
-    def field(t, y, args):
-        y = eqx.error_if(y, t > 10.0, "beyond the end")
+    def field(t, y, latest):
+        y = eqx.error_if(y, t > latest, "late")
         y = eqx.error_if(y, jnp.any(y < 0), "negative")
-        return lotka_volterra(t, y, args)
+        return lotka_volterra(t, y, 1.5)
 
     term = diffrax.ODETerm(field)
-    assert solve(term=term).result == OKAY
-    bad = diffrax.ODETerm(
-        lambda t, y, args: lotka_volterra(t, eqx.error_if(y, t > 5.0, "late"), args)
-    )
+    assert solve(term=term, args=jnp.array(10.0)).result == OKAY
     with pytest.raises(Exception, match="late"):
-        solve(term=bad)
+        solve(term=term, args=jnp.array(5.0))
 
 
 @METHODS

@@ -251,8 +251,10 @@ def adaptive_steps(
         # would copy all that is stored, in each turn.
         goes_on = is_running(now)
         keep = keep & goes_on
-        # A step of one unit of rounding that is rejected would be tried for ever.
-        is_stuck = ~keep & goes_on & (tnext <= nextafter(nextafter(now.tprev)))
+        # A step that is rejected, and by rounding not shorter the next time, or of one
+        # unit of rounding, would be tried for ever.
+        is_as_long = (tnext >= now.tnext) | (tnext <= nextafter(nextafter(now.tprev)))
+        is_stuck = ~keep & goes_on & is_as_long
         # Beyond the end nothing is stored.
         index = jnp.where(keep, now.num_accepted, most)
         store = lambda all, one: all.at[index].set(one, mode="drop")

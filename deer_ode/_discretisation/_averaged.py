@@ -32,6 +32,7 @@ class _AveragedRecurrence(AbstractEquationRecurrence):
     """`(t, y, x)` to the field times the increment of the control over the step `x`."""
     ode: Callable[[Any, State], State] | None = eqx.field(static=True)
     is_stiff = True
+    threshold = None
 
     def __init__(self, terms, grid: Grid, y0: Y, args: Args):
         self.flattener = flattener = StateFlattener(y0)

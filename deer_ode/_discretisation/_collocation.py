@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, previous_states
@@ -142,12 +142,14 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
     r"""`(t, Y, h dY/dt, x)` to what has to vanish, in the step `x`."""
     nodes: Nodes = eqx.field(static=True)
     ode: Callable[[Any, State], State] | None = eqx.field(static=True)
+    threshold: Float[Array, ""] | None
     is_stiff: bool = eqx.field(static=True)
     is_solved: bool = eqx.field(static=True)
     r"""Whether the equation is $h \dot Y$ less something that depends on $Y$ alone."""
 
     def __init__(self, terms, grid: Grid, y0: Y, args: Args, nodes: Nodes):
         self.flattener = flattener = StateFlattener(y0)
+        self.threshold = None
         self.ode = guess_field(terms, args, flattener)
         self.is_stiff = nodes.c[-1] == 1
         self.nodes = nodes

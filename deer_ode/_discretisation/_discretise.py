@@ -3,9 +3,11 @@
 from typing import Any, NamedTuple
 
 import diffrax
+import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.tree_util as jtu
-from jaxtyping import Array, Int, Real
+from jaxtyping import Array, Float, Int, Real
 
 from .._custom_types import Args, Trajectory, Y
 from .._misc import previous_states
@@ -35,6 +37,16 @@ class Discretised(NamedTuple):
     def on(self, grid: Grid) -> "Discretised":
         """The same equation on another grid of as many steps, without noise."""
         return self._replace(recurrence=self.recurrence.on(grid), grid=grid)
+
+    def with_threshold(self, threshold: Float[Array, ""]) -> "Discretised":
+        """The same, with entries below `threshold` asked for in absolute terms."""
+        recurrence = eqx.tree_at(
+            lambda r: r.threshold,
+            self.recurrence,
+            lax.stop_gradient(threshold),
+            is_leaf=lambda x: x is None,
+        )
+        return self._replace(recurrence=recurrence)
 
     @property
     def has_draws(self) -> bool:

@@ -250,15 +250,15 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             if self.may_be_singular:
                 # No solution of a singular system passes for the solution.
                 F = jnp.where(is_singular(B)[:, None], jnp.nan, F)
-            before = jnp.abs(previous_states(self.y0, ys))
-            defect_scale = matvec(jnp.abs(B), jnp.abs(ys))
+            sizes, before = self.sizes(ys), self.sizes(previous_states(self.y0, ys))
+            defect_scale = matvec(jnp.abs(B), sizes)
             defect_scale = defect_scale + transition_of(C).abs().apply(before)
             rounding = defect_scale * arbitrary_signs(ys)
             right = jnp.concatenate([F[..., None], rounding[..., None], C], axis=-1)
             solved = solve_blocks(B, -right)
             residual, rounding = solved[..., 0], solved[..., 1]
             A = transition_of(solved[..., 2:])
-            scale = jnp.abs(ys) + A.abs().apply(before)
+            scale = sizes + A.abs().apply(before)
             per_unit = jnp.sum(jnp.abs(B), axis=-1)
         return Linearised(residual, A, F, defect_scale, scale, rounding, per_unit)
 

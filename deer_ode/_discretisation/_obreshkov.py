@@ -101,11 +101,13 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
     field: Callable[[Any, State, Grid], State]
     """`(t, y, x)` to the time derivative at `t` within the step `x`."""
     ode: Callable[[Any, State], State] | None = eqx.field(static=True)
+    threshold: Float[Array, ""] | None
     is_stiff = False
     num_derivatives: int = eqx.field(static=True)
 
     def __init__(self, terms, grid: Grid, y0: Y, args: Args, num_derivatives: int):
         self.flattener = flattener = StateFlattener(y0)
+        self.threshold = None
         self.num_derivatives = num_derivatives
         ode = flat_field(terms, args, flattener)
         self.ode = guess_field(terms, args, flattener)

@@ -106,6 +106,7 @@ class StepMap(AbstractMapRecurrence):
     """Whether a step has a root finder within."""
     is_full: bool = eqx.field(static=True)
     """Whether there is no padding, as is known while tracing."""
+    threshold: Float[Array, ""] | None
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class StepMap(AbstractMapRecurrence):
         is_full: bool = False,
     ):
         self.is_full = is_full
+        self.threshold = None
         self.flattener = flattener = StateFlattener(y0)
         flat_y0 = flattener.flatten(y0)
         first = jtu.tree_map(lambda x: x[0], grid)
