@@ -87,10 +87,9 @@ def solve_stiff(field, ts, y0, saveat=None):
     import deer_ode
 
     ts = jnp.asarray(ts)
-    method = deer_ode.Newton(guess=deer_ode.Coarse(2))
     return deer_ode.diffeqsolve(
         diffrax.ODETerm(field),
-        deer_ode.DEER(deer_ode.RadauIIA(3), method),
+        deer_ode.DEER(deer_ode.RadauIIA(3), deer_ode.Newton()),
         ts[0],
         ts[-1],
         None,

@@ -251,10 +251,12 @@ def adaptive_steps(
         # would copy all that is stored, in each turn.
         goes_on = is_running(now)
         keep = keep & goes_on
-        # A step that is rejected, and by rounding not shorter the next time, or of one
-        # unit of rounding, would be tried for ever.
-        is_as_long = (tnext >= now.tnext) | (tnext <= nextafter(nextafter(now.tprev)))
-        is_stuck = ~keep & goes_on & is_as_long
+        # A step that is rejected would be tried for ever where rounding makes it no
+        # shorter, and the controller has not changed; or where it is one unit long.
+        is_same = eqx.tree_equal(controller_state, now.controller_state)
+        is_same = is_same & (tnext >= now.tnext)
+        is_shortest = tnext <= nextafter(nextafter(now.tprev))
+        is_stuck = ~keep & goes_on & (is_same | is_shortest)
         # Beyond the end nothing is stored.
         index = jnp.where(keep, now.num_accepted, most)
         store = lambda all, one: all.at[index].set(one, mode="drop")
