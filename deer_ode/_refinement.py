@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 from ._custom_types import Mask, Trajectory
 from ._discretisation import (
     AdaptiveSolution,
+    AdaptiveSteps,
     Discretised,
     Grid,
     Steps,
-    adaptive_steps,
     solve_adaptively,
 )
 from ._foreign import LoopState
@@ -323,13 +323,12 @@ def sequential_mesh(
     """
 
     def run(terms, args, controller, order, state, t1):
-        end = adaptive_steps(
-            *(inputs.solver.solver, terms, state.y, args),
-            *(controller, state.controller_state),
-            *(jnp.asarray(state.tprev), jnp.asarray(state.tnext), t1),
-            *(order, max_steps),
+        steps = AdaptiveSteps(
+            *(inputs.solver.solver, terms, args, controller, order, t1, max_steps),
             has_infos=False,
         )
+        start = jnp.asarray(state.tprev), jnp.asarray(state.tnext)
+        end = steps.run(state.y, state.controller_state, *start)
         num_steps = end.num_accepted
         is_end = end.tprev >= t1
         # The step at which the controller gave up is the last one of the grid, and not

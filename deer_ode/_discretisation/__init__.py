@@ -2,7 +2,7 @@
 
 from ._adaptive import (
     AdaptiveSolution as AdaptiveSolution,
-    adaptive_steps as adaptive_steps,
+    AdaptiveSteps as AdaptiveSteps,
     solve_adaptively as solve_adaptively,
 )
 from ._averaged import AveragedExponential as AveragedExponential

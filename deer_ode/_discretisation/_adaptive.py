@@ -178,11 +178,8 @@ def solve_adaptively(
     tnext, controller_state = controller.init(
         term, t0, t1, y0, dt0, None, solver.func, order
     )
-    end = adaptive_steps(
-        *(solver, term, y0, None, controller, controller_state),
-        *(t0, tnext, t1, order, most),
-        has_infos=True,
-    )
+    steps = AdaptiveSteps(solver, term, None, controller, order, t1, most, True)
+    end = steps.run(y0, controller_state, t0, tnext)
     return AdaptiveSolution(
         t0=t0,
         y0=y0,
@@ -195,38 +192,62 @@ def solve_adaptively(
     )
 
 
-def adaptive_steps(
-    solver: diffrax.AbstractSolver,
-    terms: Any,
-    y0: Y,
-    args: Args,
-    controller: diffrax.AbstractStepSizeController,
-    controller_state: Any,
-    t0,
-    tnext,
-    t1,
-    order: Any,
-    most: int,
-    has_infos: bool,
-) -> Stepping:
-    """Adaptive steps from `t0` to `t1`, of which the first one to `tnext` and at most
-    `most` are tried. Each is made from rest, as when all are made at once. Explicit
-    stages are written out: on a CPU solves by `Dopri8` took 0.4 to 0.9 times as long
-    without Diffrax's loop over them (JAX 0.12).
-    """
-    size = jnp.maximum(jnp.abs(t0), jnp.abs(t1))
-    # As Diffrax has it: a shorter step could not be interpolated.
-    floor = t1 - SNAPPED_UNITS * float(jnp.finfo(t1.dtype).eps) * size
+class AdaptiveSteps(eqx.Module):
+    """Adaptive steps to `t1`, of which at most `most` are tried. Each is made from
+    rest, as when all are made at once.
 
-    def is_running(now: Stepping):
+    Explicit stages are written out: on a CPU solves by `Dopri8` took 0.4 to 0.9 times
+    as long without Diffrax's loop over them (JAX 0.12).
+    """
+
+    solver: diffrax.AbstractSolver
+    terms: Any
+    args: Args
+    controller: diffrax.AbstractStepSizeController
+    order: Any
+    t1: Float[Array, ""]
+    most: int = eqx.field(static=True)
+    has_infos: bool = eqx.field(static=True)
+    """Whether to store what the interpolation of each needs."""
+
+    def run(self, y0: Y, controller_state: Any, t0, tnext) -> Stepping:
+        """From `t0`, first to `tnext`."""
+        zero, no = jnp.asarray(0, jnp.int32), jnp.asarray(False)
+        nowhere = jnp.full(self.most, jnp.inf, t0.dtype)
+        begin = Stepping(
+            num_attempts=zero,
+            num_accepted=zero,
+            tprev=t0,
+            tnext=jnp.where(tnext > self._floor(t0), self.t1, tnext),
+            y=y0,
+            controller_state=jtu.tree_map(jnp.asarray, controller_state),
+            is_too_short=no,
+            starts=nowhere,
+            ends=nowhere,
+            infos=None,
+        )
+        info = jax.eval_shape(lambda now: self._attempt(now)[2], begin)
+        infos = jtu.tree_map(lambda x: jnp.zeros((self.most, *x.shape), x.dtype), info)
+        return lax.while_loop(
+            lambda now: unvmap_any(self._is_running(now)),
+            lambda now: self._step(t0, now),
+            begin._replace(infos=infos),
+        )
+
+    def _floor(self, t0):
+        """As Diffrax has it: a shorter last step could not be interpolated."""
+        size = jnp.maximum(jnp.abs(t0), jnp.abs(self.t1))
+        return self.t1 - SNAPPED_UNITS * float(jnp.finfo(self.t1.dtype).eps) * size
+
+    def _is_running(self, now: Stepping):
         # Where the solution blows up, steps become too short to advance at all.
         advances = (now.tprev < now.tnext) | (now.num_attempts == 0)
-        advances = advances & (now.tprev < t1)
-        return advances & (now.num_attempts < most) & ~now.is_too_short
+        advances = advances & (now.tprev < self.t1)
+        return advances & (now.num_attempts < self.most) & ~now.is_too_short
 
-    def attempt(now: Stepping):
+    def _attempt(self, now: Stepping):
         y1, error, info, result = one_step(
-            solver, terms, now.tprev, now.tnext, now.y, args
+            self.solver, self.terms, now.tprev, now.tnext, now.y, self.args
         )
         # An error estimate from what overflows would be no number, and stay so.
         leaves = jtu.tree_leaves((y1, error))
@@ -236,29 +257,33 @@ def adaptive_steps(
         fine = is_finite & (result == diffrax.RESULTS.successful)
         y1 = select(fine, y1, now.y)
         error = jtu.tree_map(lambda e: jnp.where(fine, e, jnp.inf), error)
-        return y1, error, info if has_infos else None
+        return y1, error, info if self.has_infos else None
 
-    def step(now: Stepping) -> Stepping:
-        y1, error, info = attempt(now)
-        keep, tprev, tnext, _, controller_state, result = controller.adapt_step_size(
-            *(now.tprev, now.tnext, now.y, y1, args, error, order),
-            now.controller_state,
+    def _step(self, t0, now: Stepping) -> Stepping:
+        t1, floor = self.t1, self._floor(t0)
+        y1, error, info = self._attempt(now)
+        keep, tprev, tnext, _, controller_state, result = (
+            self.controller.adapt_step_size(
+                *(now.tprev, now.tnext, now.y, y1, self.args, error, self.order),
+                now.controller_state,
+            )
         )
         half = tprev + (t1 - tprev) / 2
         tnext = jnp.where(tnext > floor, jnp.where(keep, t1, half), tnext)
         tprev = jnp.where(keep & (now.tnext > floor), t1, tprev)
         # Members of a batch that have ended stay as they are. Not all by the loop: it
         # would copy all that is stored, in each turn.
-        goes_on = is_running(now)
+        goes_on = self._is_running(now)
         keep = keep & goes_on
         # A step that is rejected would be tried for ever where rounding makes it no
         # shorter, and the controller has not changed; or where it is one unit long.
-        is_same = eqx.tree_equal(controller_state, now.controller_state)
+        is_same = jnp.asarray(eqx.tree_equal(controller_state, now.controller_state))
         is_same = is_same & (tnext >= now.tnext)
         is_shortest = tnext <= nextafter(nextafter(now.tprev))
-        is_stuck = ~keep & goes_on & (is_same | is_shortest)
+        is_stuck = ~keep & (is_same | is_shortest)
+        is_stuck = is_stuck | (result != diffrax.RESULTS.successful)
         # Beyond the end nothing is stored.
-        index = jnp.where(keep, now.num_accepted, most)
+        index = jnp.where(keep, now.num_accepted, self.most)
         store = lambda all, one: all.at[index].set(one, mode="drop")
         return Stepping(
             num_attempts=now.num_attempts + jnp.where(goes_on, 1, 0),
@@ -267,29 +292,8 @@ def adaptive_steps(
             tnext=jnp.where(goes_on, tnext, now.tnext),
             y=select(keep, y1, now.y),
             controller_state=select(goes_on, controller_state, now.controller_state),
-            is_too_short=now.is_too_short
-            | (goes_on & (is_stuck | (result != diffrax.RESULTS.successful))),
+            is_too_short=now.is_too_short | (goes_on & is_stuck),
             starts=store(now.starts, now.tprev),
             ends=store(now.ends, jnp.where(now.tnext > floor, t1, now.tnext)),
             infos=jtu.tree_map(store, now.infos, info),
         )
-
-    zero, no = jnp.asarray(0, jnp.int32), jnp.asarray(False)
-    nowhere = jnp.full(most, jnp.inf, t0.dtype)
-    begin = Stepping(
-        num_attempts=zero,
-        num_accepted=zero,
-        tprev=t0,
-        tnext=jnp.where(tnext > floor, t1, tnext),
-        y=y0,
-        controller_state=jtu.tree_map(jnp.asarray, controller_state),
-        is_too_short=no,
-        starts=nowhere,
-        ends=nowhere,
-        infos=None,
-    )
-    info = jax.eval_shape(lambda now: attempt(now)[2], begin)
-    infos = jtu.tree_map(lambda x: jnp.zeros((most, *x.shape), x.dtype), info)
-    return lax.while_loop(
-        lambda now: unvmap_any(is_running(now)), step, begin._replace(infos=infos)
-    )
