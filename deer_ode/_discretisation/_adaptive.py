@@ -274,7 +274,7 @@ class AdaptiveSteps(eqx.Module):
         # Members of a batch that have ended stay as they are. Not all by the loop: it
         # would copy all that is stored, in each turn.
         goes_on = self._is_running(now)
-        keep = keep & goes_on
+        keep = jnp.logical_and(keep, goes_on)
         # A step that is rejected would be tried for ever where rounding makes it no
         # shorter, and the controller has not changed; or where it is one unit long.
         is_same = jnp.asarray(eqx.tree_equal(controller_state, now.controller_state))
