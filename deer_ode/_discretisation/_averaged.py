@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 
 from .._affine import matvec
 from .._custom_types import Args, State, Y
-from .._misc import StateFlattener, previous_states
+from .._misc import StateFlattener
 from ._adaptive import guess_field
 from ._base import Grid
 from ._equations import AbstractEquationRecurrence, AbstractEquationSolver
@@ -51,13 +51,6 @@ class _AveragedRecurrence(AbstractEquationRecurrence):
                 product, first.tprev, self.y0, first
             )
 
-    def _inputs(self, ys):
-        """Both ends and the steps; padding takes the first step, from its start."""
-        grid = self.grid
-        x = jtu.tree_map(lambda x: jnp.where(grid.active, x, x[0]), grid)
-        select = lambda y: jnp.where(grid.active[:, None], y, self.y0[None])
-        return select(previous_states(self.y0, ys)), select(ys), x
-
     def _defect(self, y0, y1, x):
         def linearise(t, y):
             f = lambda y: self.product(t, y, x)
@@ -69,33 +62,25 @@ class _AveragedRecurrence(AbstractEquationRecurrence):
         _, phi_1 = phi_functions(J, 1)
         return y0 - y1 + matvec(phi_1, matvec(J, y0) + z)
 
-    def _padded(self, ys, F):
-        still = previous_states(self.y0, ys) - ys
-        return jnp.where(self.grid.active[:, None], F, still)
+    def _at_ends(self, ends):
+        at, x = jax.vmap(self.product), ends.grid
+        return at(x.tprev, ends.starts, x), at(x.tnext, ends.ys, x)
 
-    def field_values(self, ys):
-        starts, ends, x = self._inputs(ys)
-        at = jax.vmap(self.product)
-        return jnp.stack([at(x.tprev, starts, x), at(x.tnext, ends, x)])
+    def field_values(self, ends):
+        return jnp.stack(self._at_ends(ends))
 
-    def evaluate(self, ys):
-        return self._padded(ys, jax.vmap(self._defect)(*self._inputs(ys)))
+    def defects(self, ends):
+        return jax.vmap(self._defect)(*ends)
 
-    def blocks(self, ys, exact):
+    def linearised_defects(self, ends, exact):
         del exact  # they always are
 
         def with_jacobians(y0, y1, x):
             twice = lambda y0, y1: (self._defect(y0, y1, x),) * 2
             return jax.jacfwd(twice, argnums=(0, 1), has_aux=True)(y0, y1)
 
-        (C, B), F = jax.vmap(with_jacobians)(*self._inputs(ys))
-        active = self.grid.active[:, None, None]
-        eye = jnp.eye(ys.shape[1], dtype=ys.dtype)[None]
-        return (
-            self._padded(ys, F),
-            jnp.where(active, B, -eye),
-            jnp.where(active, C, eye),
-        )
+        (C, B), F = jax.vmap(with_jacobians)(*ends)
+        return F, B, C
 
     @property
     def may_be_singular(self):
@@ -107,20 +92,20 @@ class _AveragedRecurrence(AbstractEquationRecurrence):
     def predict_step(self):
         return self.y0
 
-    def dense_info(self, ys):
-        starts, ends, x = self._inputs(ys)
+    def dense_info(self, ends):
         unflatten = jax.vmap(self.flattener.unflatten)
+        start, end = self._at_ends(ends)
         return dict(
-            y0=unflatten(starts),
-            y1=unflatten(ends),
-            derivatives0=(unflatten(jax.vmap(self.product)(x.tprev, starts, x)),),
-            derivatives1=(unflatten(jax.vmap(self.product)(x.tnext, ends, x)),),
+            y0=unflatten(ends.starts),
+            y1=unflatten(ends.ys),
+            derivatives0=(unflatten(start),),
+            derivatives1=(unflatten(end),),
         )
 
     def interpolate(self, info, t0, t1, t):
         return HermiteInterpolation(t0=t0, t1=t1, **info).evaluate(t)
 
-    def error_estimate(self, ys):
+    def error_estimate(self, ends):
         return None
 
 

@@ -30,6 +30,11 @@ class Grid(eqx.Module):
         """Without static fields: a traced step takes grids of one structure only."""
         return Grid(self.tprev, self.tnext, self.active)
 
+    def filled(self) -> "Grid":
+        """Padding repeats the first step, which can be made from where that starts."""
+        fill = lambda x: jnp.where(self.active, x, x[0])
+        return Grid(fill(self.tprev), fill(self.tnext), self.active)
+
     @property
     def ends(self) -> Float[Array, " steps"]:
         """The end of each step as Diffrax saves it: where the next one begins."""

@@ -199,54 +199,46 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
     def _constant(self, x):
         return jnp.asarray(x, self.y0.dtype)
 
-    def _unknowns(self, ys):
-        """Starts, stages, ends, increments of the stages, times and inputs.
-
-        Padding takes the first step, from its start.
-        """
+    def _stages(self, ends):
         size = self.flattener.size
-        active = self.grid.active[:, None]
-        start = self.y0[None, -size:]
-        starts = jnp.where(active, self.states(previous_states(self.y0, ys)), start)
-        entries = ys.reshape(ys.shape[0], self._num_entries, size)
-        entries = jnp.where(active[..., None], entries, start[None])
-        stages, ends = entries[:, : self._num_stages], entries[:, -1]
+        entries = ends.ys.reshape(ends.ys.shape[0], self._num_entries, size)
+        return entries[:, : self._num_stages]
+
+    def _at_stages(self, ends):
+        """Times, stages and their increments, and inputs."""
+        starts, _, x = ends
+        stages = self._stages(ends)
         differences = stages - starts[:, None]
         D = self._constant(self.nodes.D)
         increments = jnp.sum(D[None, :, :, None] * differences[:, None], axis=2)
-        x = jtu.tree_map(lambda x: jnp.where(self.grid.active, x, x[0]), self.grid)
         c = jnp.asarray(self.nodes.c, x.tprev.dtype)
         ts = x.tprev[:, None] + c[None] * (x.tnext - x.tprev)[:, None]
         if not self._has_end:
             ts = ts.at[:, -1].set(x.tnext)
-        return starts, stages, ends, increments, ts, x
+        return ts, stages, increments, x
 
     def _per_stage(self, fn):
         return jax.vmap(jax.vmap(fn, in_axes=(0, 0, 0, None)))
 
-    def _assemble(self, ys, stage_defects, starts, stages, ends):
+    def _assemble(self, ends, stage_defects):
         entries = stage_defects
         if self._has_end:
             weights = self._constant(self.nodes.end)[None, :, None]
-            end = jnp.sum(weights * (stages - starts[:, None]), axis=1) + starts - ends
+            differences = self._stages(ends) - ends.starts[:, None]
+            end = ends.starts - self.states(ends.ys)
+            end = jnp.sum(weights * differences, axis=1) + end
             entries = jnp.concatenate([entries, end[:, None]], axis=1)
-        # Padding: everything equals the state before.
-        padded = self.states(previous_states(self.y0, ys))[:, None] - ys.reshape(
-            entries.shape
-        )
-        F = jnp.where(self.grid.active[:, None, None], entries, padded)
-        return F.reshape(ys.shape)
+        return entries.reshape(ends.ys.shape)
 
-    def evaluate(self, ys):
-        starts, stages, ends, increments, ts, x = self._unknowns(ys)
-        values = self._per_stage(self.equation)(ts, stages, increments, x)
-        return self._assemble(ys, values, starts, stages, ends)
+    def defects(self, ends):
+        values = self._per_stage(self.equation)(*self._at_stages(ends))
+        return self._assemble(ends, values)
 
-    def blocks(self, ys, exact):
+    def linearised_defects(self, ends, exact):
         del exact  # they always are
-        starts, stages, ends, increments, ts, x = self._unknowns(ys)
+        ys = ends.ys
         size, num_stages = self.flattener.size, self._num_stages
-        num_entries, num_steps = self._num_entries, ys.shape[0]
+        num_steps = ys.shape[0]
         eye = jnp.eye(size, dtype=ys.dtype)
 
         def with_jacobians(t, y, increment, x):
@@ -263,7 +255,7 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
             return value, J, M
 
         # (steps, stages, equations, unknowns)
-        values, J, M = self._per_stage(with_jacobians)(ts, stages, increments, x)
+        values, J, M = self._per_stage(with_jacobians)(*self._at_stages(ends))
         D = self._constant(self.nodes.D)
         # (steps, stage of the equation, stage of the unknown, equations, unknowns)
         same = jnp.eye(num_stages, dtype=ys.dtype)[None, :, :, None, None]
@@ -286,10 +278,7 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
             CC = jnp.concatenate([CC, last], axis=1)
         B = jnp.swapaxes(BB, 2, 3).reshape(num_steps, ys.shape[1], ys.shape[1])
         C = CC.reshape(num_steps, ys.shape[1], size)
-        active = self.grid.active[:, None, None]
-        B = jnp.where(active, B, -jnp.eye(ys.shape[1], dtype=ys.dtype)[None])
-        C = jnp.where(active, C, jnp.tile(eye, (num_entries, 1))[None])
-        return self._assemble(ys, values, starts, stages, ends), B, C
+        return self._assemble(ends, values), B, C
 
     @property
     def may_be_singular(self):
@@ -304,26 +293,25 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
     def predict_step(self):
         return jnp.tile(self.y0[-self.flattener.size :], self._num_entries)
 
-    def dense_info(self, ys):
-        starts, stages, _, _, _, _ = self._unknowns(ys)
+    def dense_info(self, ends):
         powers = self._constant(self.nodes.powers)
-        differences = stages - starts[:, None]
+        differences = self._stages(ends) - ends.starts[:, None]
         coefficients = jnp.sum(powers[None, :, :, None] * differences[:, None], axis=2)
         unflatten = self.flattener.unflatten
         return dict(
-            y0=jax.vmap(unflatten)(starts),
+            y0=jax.vmap(unflatten)(ends.starts),
             coefficients=jax.vmap(jax.vmap(unflatten))(coefficients),
         )
 
     def interpolate(self, info, t0, t1, t):
         return PolynomialInterpolation(t0=t0, t1=t1, **info).evaluate(t)
 
-    def error_estimate(self, ys):
+    def error_estimate(self, ends):
         # The field at the start is not known of an equation in another form.
         if self.nodes.error is None or not self.is_solved:
             return None
         gamma, weights = self.nodes.error
-        starts, stages, _, _, _, x = self._unknowns(ys)
+        starts, _, x = ends
 
         def with_jacobian(y, x):
             def twice(y):
@@ -334,7 +322,8 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
 
         hJ, hf = jax.vmap(with_jacobian)(starts, x)
         weights = self._constant(weights)[None, :, None]
-        difference = jnp.sum(weights * (stages - starts[:, None]), axis=1)
+        differences = self._stages(ends) - starts[:, None]
+        difference = jnp.sum(weights * differences, axis=1)
         difference = self._constant(gamma) * hf + difference
         # What decays at once would be seen as an error as large as the state's change.
         eye = jnp.eye(hJ.shape[-1], dtype=hJ.dtype)[None]

@@ -12,7 +12,7 @@ each iteration over the grid; here there is only the one.
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -59,7 +59,7 @@ _SAME = 1e-4
 Blocks = tuple[
     Float[Array, "steps equations"],
     Float[Array, "steps equations equations"],
-    Float[Array, "steps equations state"],
+    Float[Array, "steps equations solution"],
 ]
 """$F$, $B$ and $C$ of all steps."""
 
@@ -155,11 +155,24 @@ def is_singular(B: Float[Array, "steps n n"]) -> Mask:
     return jnp.any(pivots <= eps, axis=-1)
 
 
+class Ends(NamedTuple):
+    """Both ends of all steps. What is padding goes from where the first step starts, in
+    the time of the first step, and stays there.
+    """
+
+    starts: Float[Array, "steps solution"]
+    ys: Trajectory
+    """All that is unknown of each step; the solution at its end comes last."""
+    grid: Grid
+
+
 class AbstractEquationRecurrence(AbstractRecurrence):
     """A recurrence whose steps are equations between both ends.
 
     Its states may hold more than the solution: the last entries, as many as the user's
     state has, are the solution at the end of a step.
+
+    A subclass need not know of padding.
 
     **Fields:**
 
@@ -200,11 +213,11 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return self.on(self.grid.until(num_steps))
 
     @abc.abstractmethod
-    def evaluate(self, ys: Trajectory) -> Trajectory:
+    def defects(self, ends: Ends) -> Trajectory:
         """$F_i$ of all steps, differentiable in the leaves of this recurrence."""
 
     @abc.abstractmethod
-    def blocks(self, ys: Trajectory, exact: bool) -> Blocks:
+    def linearised_defects(self, ends: Ends, exact: bool) -> Blocks:
         """$F_i$, $B_i$ and $C_i$ of all steps. Derivatives of the solution need the
         exact ones; the iteration may do with what is cheaper.
         """
@@ -223,7 +236,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         """A cheap guess at the end of the first step."""
 
     @abc.abstractmethod
-    def dense_info(self, ys: Trajectory) -> dict[str, Any]:
+    def dense_info(self, ends: Ends) -> dict[str, Any]:
         """What the interpolation within each step needs."""
 
     @abc.abstractmethod
@@ -231,8 +244,39 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         """The solution at `t` within the step from `t0` to `t1`."""
 
     @abc.abstractmethod
-    def error_estimate(self, ys: Trajectory) -> Float[Array, "steps solution"] | None:
+    def error_estimate(self, ends: Ends) -> Float[Array, "steps solution"] | None:
         """Of each step, flat; `None` where the method has none."""
+
+    def ends(self, ys: Trajectory) -> Ends:
+        """Both ends of the steps along `ys`."""
+        before, active = previous_states(self.y0, ys), self.grid.active[:, None]
+        y0 = self.y0[None]
+        return Ends(
+            starts=self.states(jnp.where(active, before, y0)),
+            ys=jnp.where(active, ys, y0),
+            grid=self.grid.filled(),
+        )
+
+    def _held(self, ys: Trajectory) -> Trajectory:
+        """The equations of padding: every entry is the state before it."""
+        before = self.states(previous_states(self.y0, ys))
+        return jnp.tile(before, ys.shape[1] // max(before.shape[1], 1)) - ys
+
+    def evaluate(self, ys):
+        F = self.defects(self.ends(ys))
+        return jnp.where(self.grid.active[:, None], F, self._held(ys))
+
+    def _blocks(self, ys: Trajectory, exact: bool) -> Blocks:
+        F, B, C = self.linearised_defects(self.ends(ys), exact)
+        active = self.grid.active[:, None]
+        B_held = -jnp.eye(B.shape[1], dtype=B.dtype)[None]
+        C_held = jnp.eye(C.shape[2], dtype=C.dtype)
+        C_held = jnp.tile(C_held, (C.shape[1] // max(C.shape[2], 1), 1))[None]
+        return (
+            jnp.where(active, F, self._held(ys)),
+            jnp.where(active[..., None], B, B_held),
+            jnp.where(active[..., None], C, C_held),
+        )
 
     def states(self, ys: Trajectory) -> Float[Array, "steps solution"]:
         return ys[:, ys.shape[1] - self.flattener.size :]
@@ -246,7 +290,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
     def linearise(self, ys, linearisation):
         del linearisation  # all of it
         with tracing_steps():
-            F, B, C = self.blocks(ys, exact=False)
+            F, B, C = self._blocks(ys, exact=False)
             if self.may_be_singular:
                 # No solution of a singular system passes for the solution.
                 F = jnp.where(is_singular(B)[:, None], jnp.nan, F)
@@ -268,7 +312,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             _, F_dot = eqx.filter_jvp(
                 lambda recurrence: recurrence.evaluate(ys), (self,), (tangent,)
             )
-            _, B, C = self.blocks(ys, exact=True)
+            _, B, C = self._blocks(ys, exact=True)
             # Apart, since only one of them is linear in the tangent.
             A = transition_of(solve_blocks(B, -C))
             b = solve_blocks(B, -F_dot[..., None])[..., 0]
@@ -279,12 +323,15 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         grid = jtu.tree_map(lambda x: x[None], x)
         return eqx.tree_at(lambda r: (r.y0, r.grid), self, (y, grid))
 
+    def _guessed_step(self) -> State:
+        return jnp.where(self.grid.active[0], self.predict_step(), self.y0)
+
     def step(self, index, y):
         if y.shape[0] == 0:
             return y
         one = self._one(jtu.tree_map(lambda x: x[index], self.grid), y)
         # First from a prediction; where that leads nowhere, from where it starts.
-        guesses = jnp.stack([one.predict_step(), y])
+        guesses = jnp.stack([one._guessed_step(), y])
 
         def attempt(carry):
             count, _, _ = carry
@@ -299,13 +346,13 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         # No state that is not a solution passes for one.
         return jnp.where(is_good, end, jnp.nan)
 
-    def field_values(self, ys: Trajectory) -> Array:
+    def field_values(self, ends: Ends) -> Array:
         """What the equations take of the field, without any derivative of it."""
-        return self.evaluate(ys)
+        return self.defects(ends)
 
     def cause_of_failure(self):
         start = self.from_states(self.states(self.y0[None]))
-        look = lambda r, y: (r.field_values(y), r.blocks(y, exact=False))
+        look = lambda r, y: (r.field_values(r.ends(y)), r._blocks(y, exact=False))
         f, (F, B, C) = without_checks(look)(self, start)
         is_finite = lambda x: jnp.all(jnp.isfinite(x))
         cause = jnp.where(jnp.any(is_singular(B)), SINGULAR, NO_SOLUTION)
@@ -326,9 +373,12 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         return self.num_steps > 1
 
     def is_sequential_answer(self, ys: Trajectory) -> Mask | None:
-        """Whether each step by itself, from the state before it, ends there."""
         if not self.has_other_solutions:
             return None
+        return self.are_sequential_ends(ys) | ~self.grid.active
+
+    def are_sequential_ends(self, ys: Trajectory) -> Mask:
+        """Whether each step by itself, from the state before it, ends there."""
         alone = jax.vmap(self.step)(
             jnp.arange(self.num_steps), previous_states(self.y0, ys)
         )
@@ -336,7 +386,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
         # found to rounding, which the conditioning of the step magnifies.
         distance = jnp.max(jnp.abs(alone - ys), axis=-1)
         size = jnp.max(jnp.abs(ys), axis=-1)
-        return (distance <= _SAME * size) | ~self.grid.active
+        return distance <= _SAME * size
 
     def adaptive_trajectory(self, rtol):
         if self.ode is None:
@@ -350,7 +400,7 @@ class AbstractEquationRecurrence(AbstractRecurrence):
 
         def step(y, x):
             one = self._one(x, y)
-            y = _ROUGHLY.iterate(one, one.predict_step()[None]).ys[0]
+            y = _ROUGHLY.iterate(one, one._guessed_step()[None]).ys[0]
             return y, y
 
         _, ends = lax.scan(step, self.y0, coarse_grid)
@@ -366,7 +416,9 @@ class AbstractEquationRecurrence(AbstractRecurrence):
             return self.flattener.flatten(self.interpolate(info, x.tprev, x.tnext, t))
 
         states = jax.vmap(jax.vmap(between, in_axes=(None, None, 0)))(
-            coarse.dense_info(ends), coarse_grid, ts.reshape(num_coarse, every)
+            coarse.dense_info(coarse.ends(ends)),
+            coarse_grid,
+            ts.reshape(num_coarse, every),
         ).reshape(num_coarse * every, -1)[: self.num_steps]
         last = self.states(ends)[-1]
         return self.from_states(jnp.where(self.grid.active[:, None], states, last))
@@ -374,10 +426,12 @@ class AbstractEquationRecurrence(AbstractRecurrence):
     def take_steps(self, ys: Trajectory) -> Steps:
         """What the steps say beside their ends. Ordinary differentiable code."""
         with tracing_steps():
-            y_error = self.error_estimate(ys)
+            ends = self.ends(ys)
+            y_error = self.error_estimate(ends)
             if y_error is not None:
+                y_error = jnp.where(self.grid.active[:, None], y_error, 0)
                 y_error = jax.vmap(self.flattener.unflatten)(y_error)
-            dense_info = self.dense_info(ys)
+            dense_info = self.dense_info(ends)
         was_solved = jnp.all(jnp.isfinite(ys), axis=-1)
         failed: Any = diffrax.RESULTS.nonlinear_divergence
         result = jax.vmap(

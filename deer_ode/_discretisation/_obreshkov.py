@@ -21,9 +21,9 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
 from .._affine import matmul
-from .._custom_types import Args, State, Trajectory, Y
+from .._custom_types import Args, State, Y
 from .._foreign import nextafter, prevbefore
-from .._misc import StateFlattener, previous_states
+from .._misc import StateFlattener
 from ._adaptive import flat_field, guess_field
 from ._base import Grid
 from ._equations import (
@@ -131,45 +131,39 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         # With its static fields, which tell whether the field may jump.
         return eqx.tree_at(lambda r: r.grid, self, grid)
 
-    @property
-    def _steps(self) -> Grid:
-        """The grid as `field` takes it, step by step."""
-        return self.grid.plain()
-
-    def is_sequential_answer(self, ys):
+    def are_sequential_ends(self, ys):
         """Whether each step ends about where a step that solves no equations does.
 
         Either explicit, or linearly implicit where stiffness forbids that. To solve
         each step by itself would be as much work as the iteration.
         """
-        starts = previous_states(self.y0, ys)
-        explicit = jax.vmap(self._explicit_step)(starts, self._steps)
+        starts, ys, grid = ends = self.ends(ys)
+        explicit = jax.vmap(self._explicit_step)(starts, grid)
         size = jnp.max(jnp.abs(starts), axis=-1)
 
-        def is_near(ends):
-            moved = jnp.max(jnp.abs(ends - starts), axis=-1)
-            distance = jnp.max(jnp.abs(ends - ys), axis=-1)
+        def is_near(others):
+            moved = jnp.max(jnp.abs(others - starts), axis=-1)
+            distance = jnp.max(jnp.abs(others - ys), axis=-1)
             return distance <= _NEAR * moved + _NEGLIGIBLE * size
 
-        near = is_near(explicit) | ~self.grid.active
+        near = is_near(explicit)
         return lax.cond(
-            jnp.all(near),
+            jnp.all(near | ~grid.active),
             lambda: near,
-            lambda: near | is_near(self._linearly_implicit_steps(starts)),
+            lambda: near | is_near(self._linearly_implicit_steps(ends)),
         )
 
-    def _linearly_implicit_steps(self, starts):
+    def _linearly_implicit_steps(self, ends):
         """One Newton iteration for each step by itself, from where it starts."""
         num = min(self.num_derivatives, 2)
-        grid = self._steps
-        x = jtu.tree_map(lambda x: jnp.where(grid.active, x, x[0]), grid)
+        starts, _, x = ends
 
         def with_jacobians(t, y, x):
             J = jax.jacfwd(lambda y: self._tower(num)(t, y, x))(y)
             return J, self._tower(1)(t, y, x)[0]
 
         J, f = jax.vmap(with_jacobians)(x.tprev, starts, x)
-        h = self._lengths[:, None, None]
+        h = self._lengths(x)[:, None, None]
         B = jnp.eye(starts.shape[1], dtype=starts.dtype)[None]
         for j, c in enumerate(coefficients(num)):
             B -= c * h ** (j + 1) * (-1) ** j * J[:, j]
@@ -183,52 +177,43 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
 
         return tower
 
-    def _at_ends(self, ys: Trajectory, fn):
+    def _at_ends(self, ends, fn):
         """`fn(t, y, x)` at the start and at the end of every step."""
-        grid, y0 = self._steps, self.y0
-        # Padding repeats the first step, or where that begins.
-        select = lambda y: jnp.where(grid.active[:, None], y, y0)
+        starts, ys, grid = ends
         # A control may jump at the points of the grid, and so differ on either side.
         if self.ode is not None and not self.grid.has_jumps:
-            tnext = jnp.where(grid.active, grid.tnext, grid.tprev[0])
-            ts = jnp.concatenate([grid.tprev[:1], tnext])
+            # Where a step ends the next one starts. (Padding has no use for either.)
+            ts = jnp.concatenate([grid.tprev[:1], grid.tnext])
             first = jtu.tree_map(lambda x: x[0], grid)
             out = jax.vmap(lambda t, y: fn(t, y, first))(
-                ts, jnp.concatenate([y0[None], select(ys)])
+                ts, jnp.concatenate([starts[:1], ys])
             )
             return (
                 jtu.tree_map(lambda x: x[:-1], out),
                 jtu.tree_map(lambda x: x[1:], out),
             )
-        grid = jtu.tree_map(lambda x: jnp.where(grid.active, x, x[0]), grid)
-        starts, ends = select(previous_states(y0, ys)), select(ys)
         # Inside the step, where it differs from its neighbours.
         tprev, tnext = nextafter(grid.tprev), prevbefore(grid.tnext)
-        return (
-            jax.vmap(fn)(tprev, starts, grid),
-            jax.vmap(fn)(tnext, ends, grid),
-        )
+        return jax.vmap(fn)(tprev, starts, grid), jax.vmap(fn)(tnext, ys, grid)
 
-    @property
-    def _lengths(self):
-        h = (self.grid.tnext - self.grid.tprev).astype(self.y0.dtype)
-        return jnp.where(self.grid.active, h, 0)
+    def _lengths(self, grid):
+        return (grid.tnext - grid.tprev).astype(self.y0.dtype)
 
-    def _combine(self, ys, start, end, num):
-        h = self._lengths[:, None]
-        F = previous_states(self.y0, ys) - ys
+    def _combine(self, ends, start, end, num):
+        h = self._lengths(ends.grid)[:, None]
+        F = ends.starts - ends.ys
         for j, c in enumerate(coefficients(num)):
             F += c * h ** (j + 1) * (start[:, j] + (-1) ** j * end[:, j])
         return F
 
-    def field_values(self, ys):
-        return jnp.stack(self._at_ends(ys, lambda t, y, x: self.field(t, y, x)))
+    def field_values(self, ends):
+        return jnp.stack(self._at_ends(ends, lambda t, y, x: self.field(t, y, x)))
 
-    def evaluate(self, ys):
-        start, end = self._at_ends(ys, self._tower(self.num_derivatives))
-        return self._combine(ys, start, end, self.num_derivatives)
+    def defects(self, ends):
+        start, end = self._at_ends(ends, self._tower(self.num_derivatives))
+        return self._combine(ends, start, end, self.num_derivatives)
 
-    def blocks(self, ys, exact):
+    def linearised_defects(self, ends, exact):
         num = self.num_derivatives
         num_differentiated = num if exact else min(num, 2)
 
@@ -236,19 +221,20 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
             Js = jax.jacfwd(lambda y: self._tower(num_differentiated)(t, y, x))(y)
             return tuple(Js), self._tower(num)(t, y, x)
 
-        (J0, start), (J1, end) = self._at_ends(ys, with_jacobians)
+        (J0, start), (J1, end) = self._at_ends(ends, with_jacobians)
         # Or the compiler works them out again for each use.
         J0, start, J1, end = lax.optimization_barrier((J0, start, J1, end))
-        h = self._lengths[:, None, None]
+        h = self._lengths(ends.grid)[:, None, None]
         if num_differentiated < num:
             J0, J1 = _with_third(J0, J1, jnp.where(h == 0, 1, h))
-        eye = jnp.broadcast_to(jnp.eye(ys.shape[1], dtype=ys.dtype), J0[0].shape)
+        eye = jnp.eye(ends.ys.shape[1], dtype=ends.ys.dtype)
+        eye = jnp.broadcast_to(eye, J0[0].shape)
         B, C = -eye, eye
         for j, c in enumerate(coefficients(num)):
             weight = c * h ** (j + 1)
             B += weight * (-1) ** j * J1[j]
             C += weight * J0[j]
-        return self._combine(ys, start, end, num), B, C
+        return self._combine(ends, start, end, num), B, C
 
     @property
     def prefers_sequential(self):
@@ -262,8 +248,8 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
         return states
 
     def predict_step(self):
-        first = jtu.tree_map(lambda x: x[0], self._steps)
-        return jnp.where(first.active, self._explicit_step(self.y0, first), self.y0)
+        first = jtu.tree_map(lambda x: x[0], self.grid.plain())
+        return self._explicit_step(self.y0, first)
 
     def _explicit_step(self, y, x):
         term = diffrax.ODETerm(lambda t, y, args: self.field(t, y, x))
@@ -272,18 +258,17 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
     def _num_interpolated(self):
         return 2 if self.num_derivatives > 2 else 1
 
-    def dense_info(self, ys):
+    def dense_info(self, ends):
         num = self._num_interpolated()
-        ends = self._at_ends(ys, self._tower(num))
         unflatten = jax.vmap(self.flattener.unflatten)
-        h = self._lengths[:, None]
+        h = self._lengths(ends.grid)[:, None]
         scaled = tuple(
             tuple(unflatten(h ** (j + 1) * end[:, j]) for j in range(num))
-            for end in ends
+            for end in self._at_ends(ends, self._tower(num))
         )
         return dict(
-            y0=unflatten(previous_states(self.y0, ys)),
-            y1=unflatten(ys),
+            y0=unflatten(ends.starts),
+            y1=unflatten(ends.ys),
             derivatives0=scaled[0],
             derivatives1=scaled[1],
         )
@@ -291,13 +276,13 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
     def interpolate(self, info, t0, t1, t):
         return HermiteInterpolation(t0=t0, t1=t1, **info).evaluate(t)
 
-    def error_estimate(self, ys):
+    def error_estimate(self, ends):
         num = max(self.num_derivatives - 1, 1)
-        start, end = self._at_ends(ys, self._tower(num))
+        start, end = self._at_ends(ends, self._tower(num))
         if self.num_derivatives == 1:
             # Against Euler's method, the only formula of a lower order.
-            return self._lengths[:, None] / 2 * (end[:, 0] - start[:, 0])
-        return self._combine(ys, start, end, num)
+            return self._lengths(ends.grid)[:, None] / 2 * (end[:, 0] - start[:, 0])
+        return self._combine(ends, start, end, num)
 
 
 class Obreshkov(AbstractEquationSolver, diffrax.AbstractAdaptiveSolver):
