@@ -100,7 +100,7 @@ class AbstractRecurrence(eqx.Module):
     is_explicit: eqx.AbstractVar[bool]
     threshold: eqx.AbstractVar[Float[Array, ""] | None]
 
-    def sizes(self, ys: Trajectory) -> Trajectory:
+    def sizes(self, ys: Float[Array, "*steps state"]) -> Array:
         """How large the entries are to which errors are relative."""
         sizes = jnp.abs(ys)
         if self.threshold is None:

@@ -60,30 +60,34 @@ class StepInputs(NamedTuple):
     """Of the Brownian paths, if any. Padding has those of the first step."""
 
 
-def times_of(x: Grid, first: Grid):
-    """From where to where a step goes; padding repeats the first one.
+class _Step(eqx.Module):
+    """`(y, x)` to the next state. Padding takes the first step, from its start, and the
+    state stays as it is.
 
     A step of no length need not be harmless: zero times infinity, or a Brownian
     increment divided by its length. The first step has to be fine anyway.
     """
-    select = lambda a, b: jnp.where(x.active, a, b)
-    return select(x.tprev, first.tprev), select(x.tnext, first.tnext)
 
-
-class _Step(eqx.Module):
-    """`(y, x)` to the next state. Padding evaluates the first step."""
-
-    step: Callable[[State, StepInputs, Grid], State]
+    step: Callable[[State, StepInputs], State]
+    """For steps that are made."""
+    y0: State
     first: Grid
 
+    def filled(self, y: State, x: StepInputs) -> tuple[State, StepInputs]:
+        select = lambda a, b: jnp.where(x.grid.active, a, b)
+        times_of = lambda grid: (grid.tprev, grid.tnext)
+        times = jtu.tree_map(select, times_of(x.grid), times_of(self.first))
+        grid = eqx.tree_at(times_of, x.grid, times)
+        return select(y, self.y0), x._replace(grid=grid)
+
     def __call__(self, y: State, x: StepInputs) -> State:
-        return self.step(y, x, self.first)
+        return jnp.where(x.grid.active, self.step(*self.filled(y, x)), y)
 
 
 class StepMap(AbstractMapRecurrence):
     """The steps of a one-step solver over a grid."""
 
-    f: Callable[[State, StepInputs], State]
+    f: _Step
     y0: Float[Array, " state"]
     xs: StepInputs
     draw: Draw
@@ -124,29 +128,18 @@ class StepMap(AbstractMapRecurrence):
         flat_y0 = flattener.flatten(y0)
         first = jtu.tree_map(lambda x: x[0], grid)
 
-        def step_with(terms, y, x, first=first):
-            t0, t1 = times_of(x, first)
-            return one_step(solver, terms, t0, t1, flattener.unflatten(y), args)
-
-        def step(y, x, first):
-            select = lambda a, b: jnp.where(x.grid.active, a, b)
-            terms_now = draw.use(terms, x.increments)
-            y1, _, _, _ = step_with(terms_now, select(y, flat_y0), x.grid, first)
-            return select(flattener.flatten(y1), y)
-
-        def half_way_through(y, x):
-            select = lambda a, b: jnp.where(x.grid.active, a, b)
-            t0, t1 = times_of(x.grid, first)
-            terms_now = draw.use(terms, x.increments)
-            y = flattener.unflatten(select(y, flat_y0))
-            change = flattener.flatten(half_way(terms_now, t0, t1, y, args))
-            return select(change, jnp.zeros_like(change))
+        def step_with(terms, y, x):
+            y = flattener.unflatten(y)
+            return one_step(solver, terms, x.tprev, x.tnext, y, args)
 
         def with_info(y, x):
-            terms_now, y = draw.use(terms, x.increments), flattener.unflatten(y)
-            t0, t1 = x.grid.tprev, x.grid.tnext
-            y1, _, info, _ = one_step(solver, terms_now, t0, t1, y, args)
+            y1, _, info, _ = step_with(draw.use(terms, x.increments), y, x.grid)
             return flattener.flatten(y1), info
+
+        def half_way_through(y, x):
+            terms_now, y = draw.use(terms, x.increments), flattener.unflatten(y)
+            change = half_way(terms_now, x.grid.tprev, x.grid.tnext, y, args)
+            return flattener.flatten(change)
 
         def between(x, info, t):
             step = solver.interpolation_cls(t0=x.grid.tprev, t1=x.grid.tnext, **info)
@@ -158,9 +151,11 @@ class StepMap(AbstractMapRecurrence):
             self.draw = draw = record_draw(step_with, terms, flat_y0, first)
             draw_all = jax.vmap(draw)
             draw_all = draw_all if is_checked else without_checks(draw_all)
-            self.xs = StepInputs(grid, draw_all(grid))
+            self.xs = StepInputs(grid, draw_all(grid.filled()))
             x = jtu.tree_map(lambda x: x[0], self.xs)
-            self.f = _Step(eqx.filter_closure_convert(step, flat_y0, x, first), first)
+            step = lambda y, x: with_info(y, x)[0]
+            step = eqx.filter_closure_convert(step, flat_y0, x)
+            self.f = _Step(step, flat_y0, first)  # pyright: ignore
         # Traced only where they are used: for saves, and for guesses and iterations,
         # whose derivatives nobody asks for.
         self.with_info, self.between = with_info, between
@@ -267,7 +262,7 @@ class StepMap(AbstractMapRecurrence):
 
     def checked(self) -> "StepMap":
         """The same, where Brownian paths say so if they are asked beyond their end."""
-        increments = jax.vmap(self.draw)(self.xs.grid)
+        increments = jax.vmap(self.draw)(self.xs.grid.filled())
         return eqx.tree_at(lambda r: r.xs.increments, self, increments)
 
     def tracing(self):
@@ -282,7 +277,8 @@ class StepMap(AbstractMapRecurrence):
             work = num_operations(self.half_way, y0, jtu.tree_map(one, self.xs))
         if not shares_jacobian(self.num_stages, work, self.y0.shape[0], DEGREE):
             return self
-        return eqx.tree_at(lambda r: r.f, self, SimplifiedStep(self.f, self.half_way))
+        step = SimplifiedStep(self.f.step, self.half_way)
+        return eqx.tree_at(lambda r: r.f.step, self, step)
 
     def evaluate(self, ys):
         with self.tracing():
@@ -320,7 +316,7 @@ class StepMap(AbstractMapRecurrence):
 
         sums = self.draw.accumulate(jtu.tree_map(blocks, self.xs.increments))
         if sums is None:
-            coarse = StepInputs(coarse_grid, jax.vmap(self.draw)(coarse_grid))
+            coarse = StepInputs(coarse_grid, jax.vmap(self.draw)(coarse_grid.filled()))
         else:
             coarse = StepInputs(coarse_grid, jtu.tree_map(lambda x: x[:, -1], sums))
 

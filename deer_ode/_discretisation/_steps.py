@@ -5,15 +5,13 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.lax as lax
-import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, Trajectory, Y
 from .._misc import StateFlattener, previous_states
 from .._plan import steps_at_a_time
 from ._one_step import one_step, tracing_steps
-from ._step_map import StepMap, times_of
+from ._step_map import StepMap
 
 
 class Steps(NamedTuple):
@@ -40,16 +38,15 @@ def take_steps(
     flattener = StateFlattener(y0)
     flat_y0 = flattener.flatten(y0)
     xs = recurrence.xs
-    first = jtu.tree_map(lambda x: x[0], xs.grid)
     can_fail = False
 
     def take(y, x):
         nonlocal can_fail
-        start = flattener.unflatten(jnp.where(x.grid.active, y, flat_y0))
-        t0, t1 = times_of(x.grid, first)
+        y, x = recurrence.f.filled(y, x)
         terms_now = recurrence.draw.use(terms, x.increments)
         _, y_error, dense_info, result = one_step(
-            solver, terms_now, t0, t1, start, args
+            *(solver, terms_now, x.grid.tprev, x.grid.tnext),
+            *(flattener.unflatten(y), args),
         )
         can_fail = result.is_traced()
         return Steps(y_error, dense_info, result if can_fail else None)
