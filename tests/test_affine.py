@@ -23,7 +23,6 @@ from deer_ode._affine import (
 from deer_ode._affine._scans import (
     AssociativeScan,
     KernelScan,
-    PlatformScan,
     SequentialScan,
     choose_scan,
 )
@@ -32,7 +31,6 @@ from deer_ode._blocks import BlockOrder, contiguous
 
 from .helpers import (
     assert_close,
-    pretend_accelerator,
     rounding,
     slow_rows,
     unchecked,
@@ -225,7 +223,7 @@ def test_beginnings_and_transposes_of_both_platforms(kind, reverse):
     weights = jnp.cos(jnp.arange(b.size, dtype=b.dtype)).reshape(b.shape)
     after = jr.normal(jr.key(3), y0.shape)
     last = 0 if reverse else -1
-    by_each = (*SCANS, PlatformScan(*SCANS))
+    by_each = SCANS
 
     @jax.jit
     def every(A, b, y0, after):
@@ -253,11 +251,10 @@ def test_what_decides(monkeypatch):
     has_kernels = lambda size, dtype: (size, dtype) == (2, jnp.float32)
     A = transition_of(jnp.zeros((3, 2, 2), jnp.float32))
     large = transition_of(jnp.zeros((3, 5, 5), jnp.float32))
-    assert choose_scan(A) == SequentialScan()
-    pretend_accelerator(monkeypatch)
     monkeypatch.setattr("deer_ode._affine._kernels.are_right", has_kernels)
-    assert choose_scan(A) == PlatformScan(SequentialScan(), KernelScan())
-    assert choose_scan(large) == PlatformScan(SequentialScan(), AssociativeScan())
+    assert choose_scan(A, "cpu") == SequentialScan()
+    assert choose_scan(A, "accelerator") == KernelScan()
+    assert choose_scan(large, "accelerator") == AssociativeScan()
 
 
 def test_mixed_dtypes():
@@ -353,7 +350,11 @@ def test_derivatives(dense, reverse):
 
     ours, loop = loss(affine_scan), loss(reference)
     argnums = (0, 1, 2)
-    transforms = (jax.grad, jax.jacfwd, jax.hessian)
+
+    def grad_in_each_alone(of, argnums):
+        return lambda *x: [jax.grad(of, argnum)(*x) for argnum in argnums]
+
+    transforms = (jax.grad, grad_in_each_alone, jax.jacfwd, jax.hessian)
     # All in one program.
     every = lambda of: jax.jit(lambda *x: [by(of, argnums)(*x) for by in transforms])
     found = zip(every(ours)(*inputs), every(loop)(*inputs), transforms, strict=True)

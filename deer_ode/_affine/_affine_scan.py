@@ -1,8 +1,12 @@
 r"""$y_i = A_i y_{i-1} + b_i$ for any transition, by the scan that is chosen for it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
+from .._plan import by_platform
 from ._scans import choose_scan
 from ._transitions import AbstractTransition, transition_of
 
@@ -11,14 +15,18 @@ _State = Float[Array, " state"]
 _Steps = Float[Array, "steps state"]
 
 
+def _by_scan(way: Callable[..., Any]) -> Callable[..., Any]:
+    """`way(scan)(A, ...)` by the scan for `A` and the platform."""
+    return lambda A, *args: by_platform(lambda p: way(choose_scan(A, p))(A, *args))
+
+
 def scan_steps(
     A: AbstractTransition, b: _Steps, y0: _State | None = None, reverse: bool = False
 ) -> _Steps:
     r"""$y_i = A_i y_{i-1} + b_i$ from `y0`, or zero; not to be differentiated."""
     if b.size == 0:
         return b
-    solve = lambda core, *args: choose_scan(core).scan(core, *args)
-    return A.solve(solve, b, y0, reverse)
+    return A.solve(_by_scan(lambda scan: scan.scan), b, y0, reverse)
 
 
 def scan_steps_transposed(
@@ -30,8 +38,8 @@ def scan_steps_transposed(
 
     with `after` for $A_{T+1}^\top y_{T+1}$; the first value is $A_1^\top y_1$.
     """
-    solve = lambda core, *args: choose_scan(core).scan_transposed(core, *args)
-    return A.solve_transposed(solve, b, after, reverse)
+    transposed = _by_scan(lambda scan: scan.scan_transposed)
+    return A.solve_transposed(transposed, b, after, reverse)
 
 
 def affine_solve(
@@ -40,8 +48,7 @@ def affine_solve(
     """As `scan_steps`, and differentiable to any order in `A`, `b` and `y0`."""
     if b.size == 0:
         return b
-    solve = lambda core, *args: choose_scan(core).solve(core, *args)
-    return A.solve(solve, b, y0, reverse)
+    return A.solve(_by_scan(lambda scan: scan.solve), b, y0, reverse)
 
 
 def affine_scan(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float
 
-from .._plan import Platform, by_platform, default_platform
+from .._plan import Platform
 from . import _kernels
 from ._arrays import shift
 from ._transitions import AbstractCoreTransition
@@ -72,23 +72,17 @@ class AbstractAffineScan(eqx.Module):
         solve that JAX transposes by `scan_transposed`. Only the answer is stored.
         """
 
-        # The state before the first step is one more unknown, and its own equation.
-        def equations(states):
-            y0, ys = states
-            return y0, ys - A.apply(shift(ys, reverse, y0))
-
-        def solve(_, right):
-            y0, b = right
-            return y0, self.scan(A, b, y0, reverse)
-
-        def transpose_solve(_, right):
-            y0_bar, b_bar = right
-            before, ys = self.scan_transposed(A, b_bar, reverse=reverse)
-            return None if y0_bar is None else y0_bar + before, ys
-
+        if y0 is not None:
+            # No unknown of its own: JAX cannot differentiate a linear solve with
+            # respect to a part of its right-hand side.
+            first = -1 if reverse else 0
+            b = b.at[first].add(A.at(first).apply(y0))
         return lax.custom_linear_solve(
-            equations, (y0, b), solve=solve, transpose_solve=transpose_solve
-        )[1]
+            lambda ys: ys - A.apply(shift(ys, reverse)),
+            b,
+            solve=lambda _, b: self.scan(A, b, reverse=reverse),
+            transpose_solve=lambda _, b: self.scan_transposed(A, b, reverse=reverse)[1],
+        )
 
 
 class SequentialScan(AbstractAffineScan):
@@ -246,34 +240,17 @@ class KernelScan(AbstractParallelScan):
         return ys[:num_steps]
 
 
-class PlatformScan(AbstractAffineScan):
-    """One scan or the other, by what the program is compiled for."""
-
-    cpu: AbstractAffineScan
-    elsewhere: AbstractAffineScan
-
-    def _on(self, platform: Platform) -> AbstractAffineScan:
-        return self.cpu if platform == "cpu" else self.elsewhere
-
-    def scan(self, A, b, y0=None, reverse=False):
-        return by_platform(lambda p: self._on(p).scan(A, b, y0, reverse))
-
-    def scan_transposed(self, A, b, after=None, reverse=False):
-        return by_platform(lambda p: self._on(p).scan_transposed(A, b, after, reverse))
-
-
-def choose_scan(A: AbstractCoreTransition) -> AbstractAffineScan:
-    """The scan for `A`, by its size and dtype, and by the platform: the one place where
-    that is decided.
+def choose_scan(A: AbstractCoreTransition, platform: Platform) -> AbstractAffineScan:
+    """The scan for `A` on a platform, by its size and dtype: the one place where that
+    is decided.
 
     On a CPU the plain loop wins at nearly every size measured (`benchmarks`; chunks
     side by side take 0.6 times as long for single numbers, and 1.1 to 2.3 times as long
     for 2 to 4). Elsewhere kernels, where there are any that are right on the GPU at
     hand, or else an associative scan.
     """
-    if default_platform() == "cpu":
+    if platform == "cpu":
         return SequentialScan()
     size, dtype = A.lanes.shape[1], A.lanes.dtype
     has_kernels = _kernels.can_run(size, dtype) and _kernels.are_right(size, dtype)
-    parallel = KernelScan() if has_kernels else AssociativeScan()
-    return PlatformScan(SequentialScan(), parallel)
+    return KernelScan() if has_kernels else AssociativeScan()
