@@ -71,7 +71,6 @@ class AbstractAffineScan(eqx.Module):
         """As `scan`, and differentiable to any order in `A`, `b` and `y0`: a linear
         solve that JAX transposes by `scan_transposed`. Only the answer is stored.
         """
-
         if y0 is not None:
             # No unknown of its own: JAX cannot differentiate a linear solve with
             # respect to a part of its right-hand side.
