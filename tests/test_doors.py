@@ -669,6 +669,14 @@ def test_states(which, door, method):
     assert_same_solution(sol, run(None, solver, **kwargs))
 
 
+def test_no_numbers_and_much_padding():
+    """More steps than a loop takes at a time, of a state without entries."""
+    term = diffrax.ODETerm(lambda t, y, args: -y)
+    sol = run("b", y0=jnp.zeros(0), term=term, max_steps=300, method=AUTO)
+    assert sol.ys.shape == (1, 0) and sol.result == diffrax.RESULTS.successful
+    assert int(sol.stats["num_steps"]) == 30
+
+
 @pytest.mark.parametrize("door", IN_ONE)
 def test_no_time_at_all(door):
     saveat = diffrax.SaveAt(t0=True, ts=[1.0, 1.0], t1=True)

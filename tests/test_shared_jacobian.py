@@ -294,7 +294,7 @@ def test_where_nobody_counts_operations(monkeypatch):
 
 @pytest.mark.parametrize(
     "h, shared, exact",
-    slow_rows(((0.05, 5, 3), (0.15, 11, 6), (0.3, 29, 10)), lambda row: row[0] != 0.05),
+    slow_rows(((0.05, 4, 3), (0.15, 7, 3), (0.3, 17, 3)), lambda row: row[0] != 0.05),
 )
 @pytest.mark.slow(covered_by="test_as_many_iterations")
 def test_iterations_of_two_oscillators(h, shared, exact):

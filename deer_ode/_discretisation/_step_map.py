@@ -217,7 +217,7 @@ class StepMap(AbstractMapRecurrence):
         padded = self.padded(num_steps + -num_steps % size)
         split = lambda x: x.reshape(-1, size, *x.shape[1:])
         _, ys = lax.scan(take_stretch, self.y0, jtu.tree_map(split, padded.xs))
-        return ys.reshape(-1, *self.y0.shape)[:num_steps]
+        return ys.reshape(padded.num_steps, *self.y0.shape)[:num_steps]
 
     def _harmless(self, ys) -> tuple[Trajectory, Mask, Trajectory, StepInputs]:
         """Values, and where each step may be differentiated.
