@@ -5,13 +5,14 @@ from typing import Any
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._counting import is_subsaveat
 from ._custom_types import Trajectory
 from ._discretisation import tracing_steps
-from ._foreign import LoopState, advance, linear_rescale
+from ._foreign import LoopState, advance, linear_rescale, nextafter
 from ._grid import LoopInputs
+from ._mesh import as_mesh_refinement
 from ._misc import count_true
 from ._saving import SolvedGrid, save, set_where
 from ._solver import DEERState
@@ -34,15 +35,13 @@ def final_state(
         # After an event it is not known which attempts were before it.
         if solved.events is None:
             num_rejected = refined.num_guess_steps - num_made
-    made_jump = state.made_jump
-    if not isinstance(made_jump, bool):
-        # Steps begin from rest, so the next solve does not look at it.
-        made_jump = made_jump & ~(outcome.num_steps > 0)
     return LoopState(
         y=_at_last(outcome.num_steps, grid.ys, state.y),
         tprev=tprev,
         tnext=tprev,
-        made_jump=made_jump,
+        made_jump=jnp.where(
+            outcome.num_steps > 0, _is_jump(inputs, tprev), state.made_jump
+        ),
         solver_state=_solver_state(inputs, state, solved),
         controller_state=controller_state,
         progress_meter_state=_meter_state(inputs, state, tprev),
@@ -54,6 +53,15 @@ def final_state(
         **_dense_fields(inputs, state, solved, grid),
         **_event_fields(state, solved, outcome),
     )
+
+
+def _is_jump(inputs: LoopInputs, t) -> Bool[Array, ""]:
+    """Whether a step that ends at `t` ends at a jump, or just beyond it."""
+    mesh = as_mesh_refinement(inputs.stepsize_controller)
+    if mesh is None or mesh.jump_ts is None:
+        return jnp.asarray(False)
+    jump_ts = mesh.jump_ts.astype(t.dtype)
+    return jnp.any((t == jump_ts) | (t == nextafter(jump_ts)))
 
 
 def _at_last(num_steps: Int[Array, ""], tree: PyTree, otherwise: PyTree) -> PyTree:

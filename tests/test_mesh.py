@@ -409,8 +409,9 @@ def test_what_is_saved_at_a_jump():
         sol = solve(
             *(jump, solver, 0.0, 1.0, 0.1, 1.0),
             stepsize_controller=controller,
-            saveat=diffrax.SaveAt(steps=True, dense=True),
+            saveat=diffrax.SaveAt(steps=True, dense=True, made_jump=True),
         )
+        assert not sol.made_jump
         return sol.ts, sol.derivative(0.5)
 
     ts, slope = saved(diffeqsolve, DEER(diffrax.Bosh3()))
@@ -419,6 +420,13 @@ def test_what_is_saved_at_a_jump():
     np.testing.assert_allclose(ts[: ts.size], stock_ts[: ts.size], rtol=1e-12)
     np.testing.assert_allclose(slope, stock_slope, rtol=1e-9)
     assert slope > 0
+    # A solve that ends there made the jump.
+    sol = diffeqsolve(
+        *(jump, DEER(diffrax.Bosh3()), 0.0, 0.5, 0.1, 1.0),
+        stepsize_controller=controller,
+        saveat=diffrax.SaveAt(t1=True, made_jump=True),
+    )
+    assert sol.made_jump
 
 
 def test_controlled_equations():
