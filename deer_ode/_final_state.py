@@ -30,7 +30,7 @@ def final_state(
     )
     num_rejected = 0
     refined = solved.refined
-    if refined is not None and refined.controller_state is not None:
+    if refined is not None and refined.solution is None:
         controller_state = refined.controller_state
         # After an event it is not known which attempts were before it.
         if solved.events is None:

@@ -15,10 +15,11 @@ import diffrax
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Float, Int, PyTree
 
-from ._custom_types import Mask
+from ._custom_types import Mask, Y
 from ._discretisation import Grid
 from ._foreign import nextafter, prevbefore
 from ._plan import MESH_GROWTH, MESH_LOOSEST
@@ -124,14 +125,19 @@ class MeshRefinement(diffrax.AbstractAdaptiveStepSizeController):
         times = [ts for ts in (self.step_ts, self.jump_ts) if ts is not None]
         return jnp.concatenate([jnp.zeros(0, dtype), *(t.astype(dtype) for t in times)])
 
-    def threshold(self, dtype: Any) -> Float[Array, ""]:
-        """Entries below it are asked for in absolute terms. The equations of the steps
-        are solved far more accurately than the tolerance, with a purely absolute one
-        as well.
+    def threshold(self, y: Y) -> Y:
+        """Entries of a state `y` below it are asked for in absolute terms. Steps are
+        solved for far more accurately than the tolerance, if it is absolute as well.
         """
-        least = float(jnp.finfo(dtype).eps) ** 0.5
-        rtol = jnp.maximum(jnp.asarray(self.rtol, dtype), least)
-        return jnp.asarray(self.atol, dtype) / rtol
+
+        def of(y):
+            dtype = jnp.finfo(y.dtype).dtype
+            least = float(jnp.finfo(dtype).eps) ** 0.5
+            rtol = jnp.maximum(jnp.asarray(self.rtol, dtype), least)
+            ratio = jnp.broadcast_to(jnp.asarray(self.atol, dtype) / rtol, y.shape)
+            return lax.complex(ratio, ratio) if jnp.iscomplexobj(y) else ratio
+
+        return jtu.tree_map(of, y)
 
     def wrap(self, direction):
         turn = lambda ts: None if ts is None else jnp.sort(ts * direction)

@@ -105,9 +105,7 @@ def _on_a_mesh(
     controller = inputs.stepsize_controller
     mesh = as_mesh_refinement(controller)
     if mesh is not None:
-        discretised = discretised.with_threshold(
-            mesh.threshold(discretised.recurrence.y0.dtype)
-        )
+        discretised = discretised.with_threshold(mesh.threshold(discretised.y0))
     order = inputs.solver.error_order(inputs.terms)
     recurrence = discretised.recurrence
     is_sequential = method.is_sequential(recurrence, default_platform())

@@ -98,14 +98,14 @@ class AbstractRecurrence(eqx.Module):
     y0: eqx.AbstractVar[State]
     eps: eqx.AbstractVar[tuple[float, ...]]
     is_explicit: eqx.AbstractVar[bool]
-    threshold: eqx.AbstractVar[Float[Array, ""] | None]
+    threshold: eqx.AbstractVar[State | None]
 
     def sizes(self, ys: Float[Array, "*steps state"]) -> Array:
         """How large the entries are to which errors are relative."""
         sizes = jnp.abs(ys)
         if self.threshold is None:
             return sizes
-        return jnp.maximum(sizes, self.threshold)
+        return jnp.maximum(sizes, jnp.broadcast_to(self.threshold, sizes.shape))
 
     @property
     @abc.abstractmethod

@@ -143,6 +143,7 @@ class Refinement(eqx.Module):
                 *(t0, t1, (t1 - t0) / MESH_UNIFORM, y0, rtol, recurrence.is_stiff),
                 *(most, FEWEST_GUESS_STEPS),
                 self._fixed if self._fixed.size > 1 else None,
+                None if (size := recurrence.threshold) is None else jnp.min(size),
             )
 
     def _on(self, mesh: Mesh) -> Discretised:
@@ -223,9 +224,8 @@ class Refinement(eqx.Module):
         # As good as random.
         signs = jnp.sin(1e4 * jnp.arange(1, ys.size + 1, dtype=ys.dtype) ** 2)
         change = MESH_PERTURBATION * smallest * signs.reshape(ys.shape)
-        # No entry changes its sign: a field may be defined on one side of zero only.
-        outwards = jnp.where(ys < 0, -1, 1) * jnp.abs(change)
-        return ys + jnp.where(ys * (ys + change) > 0, change, outwards)
+        # What is exactly zero is so in every step: its field may have no derivative.
+        return ys + jnp.where(ys == 0, 0, change)
 
     def _candidate(self) -> tuple[Mesh, Trajectory, Int[Array, ""]]:
         """The first mesh that is solved for the answer, with a guess."""
@@ -247,9 +247,15 @@ class Refinement(eqx.Module):
             return new, ys, none if guess is None else guess.num_attempts
 
         def equidistribute(i, mesh):
-            discretised, ys = self._on(mesh), self._perturbed(guess(mesh.points[1:]))
-            steps = discretised.take_steps(ys)
-            errors = scaled_errors(self.controller, discretised, ys, steps)
+            discretised, ys = self._on(mesh), guess(mesh.points[1:])
+
+            def errors_at(ys):
+                steps = discretised.take_steps(ys)
+                return scaled_errors(self.controller, discretised, ys, steps)
+
+            # Perturbed states may lie where the field is not defined.
+            perturbed, plain = jax.vmap(errors_at)(jnp.stack([self._perturbed(ys), ys]))
+            errors = jnp.where(jnp.isfinite(perturbed), perturbed, plain)
             return self._equidistributed(mesh, errors, i == 0)
 
         mesh = lax.fori_loop(0, 2, equidistribute, mesh)
@@ -261,7 +267,8 @@ class Refinement(eqx.Module):
         if self.controller.dtmin is not None and self.controller.force_dtmin:
             grid = discretised.grid
             shortest = self.controller.dtmin * (1 + 1e-6)
-            good = good | (grid.tnext - grid.tprev <= shortest)
+            is_shortest = grid.tnext - grid.tprev <= shortest
+            good = good | (is_shortest & jnp.isfinite(errors))
         num_relevant = leading_true(jnp.all(jnp.isfinite(solution.ys), axis=-1)) + 1
         if self.until_event is not None:
             happened = self.until_event(
@@ -285,7 +292,8 @@ class Refinement(eqx.Module):
             ),
             num_accurate=leading_true(good),
             num_meshes=now.num_meshes + 1,
-            is_done=jnp.all(good),
+            # Or nothing can be divided further.
+            is_done=jnp.all(good) | (mesh.num_steps <= now.mesh.num_steps),
         )
 
     def __call__(self) -> Refined:

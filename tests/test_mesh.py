@@ -223,6 +223,37 @@ def test_a_field_of_positive_states_only():
     assert int(sol.stats["num_steps"]) <= 43
 
 
+def test_entries_that_have_nothing_to_do_with_each_other():
+    """One stays where its field is not defined on one side, one is very large: the mesh
+    is that of the others.
+    """
+
+    def field(t, y, args):
+        edge, large = -jnp.sqrt(-y[:1]), -0.01 * y[3:]
+        return jnp.concatenate([edge, lotka_volterra(t, y[1:3], 1.5), large])
+
+    y0 = jnp.array([0.0, *Y0, 1e10])
+    sol = solve(term=diffrax.ODETerm(field), y0=y0)
+    # The norm is the mean over four entries in place of two.
+    assert_close(sol.ys[0, 1:3], exact_states()[-1], 1e-5)
+    assert sol.ys[0, 0] == 0
+    # Alone they take 89.
+    assert int(sol.stats["num_steps"]) <= 89
+
+
+@pytest.mark.slow(covered_by="test_as_accurate_as_stock_in_as_many_steps")
+def test_a_tolerance_for_each_entry():
+    atol = jnp.array([1e-8, 1e-9])
+    sol = solve(
+        term=diffrax.ODETerm(lambda t, y, args: {"a": -y["a"], "b": -2 * y["b"]}),
+        y0={"a": jnp.ones(2), "b": jnp.ones(2)},
+        stepsize_controller=diffrax.PIDController(1e-6, atol),
+        t1=1.0,
+    )
+    np.testing.assert_allclose(sol.ys["a"][0], np.exp(-1), rtol=1e-6)
+    np.testing.assert_allclose(sol.ys["b"][0], np.exp(-2), rtol=1e-6)
+
+
 @pytest.mark.slow(covered_by="test_as_accurate_as_stock_in_as_many_steps")
 def test_loose_tolerances():
     """A mesh for 1e-3 would miss the fast phases of the loose solve."""
@@ -611,6 +642,44 @@ def test_steps_may_not_be_too_short(method):
     assert forced.result == OKAY
     refused = solve(solver, stepsize_controller=controller(False), throw=False)
     assert refused.result == diffrax.RESULTS.dt_min_reached
+    # What is not finite is not forced.
+    square = diffrax.ODETerm(lambda t, y, args: y**2)
+    refused = solve(
+        *(solver, square, 2.0, jnp.ones(1)),
+        stepsize_controller=controller(True),
+        throw=False,
+    )
+    assert refused.result == diffrax.RESULTS.dt_min_reached
+
+
+class _Doubled(diffrax.AbstractAdaptiveStepSizeController):
+    """Tries a step that is too short once more, twice as long."""
+
+    rtol: float = 1e-3
+    atol: float = 1e-3
+    norm: object = None
+
+    def wrap(self, direction):
+        return self
+
+    def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
+        return t0 + 0.01, None
+
+    def adapt_step_size(
+        self, t0, t1, y0, y1_candidate, args, y_error, error_order, controller_state
+    ):
+        h, no = t1 - t0, jnp.array(False)
+        keep = h >= 0.1
+        t0, t1 = jnp.where(keep, t1, t0), jnp.where(keep, t1 + h, t0 + 2 * h)
+        return keep, t0, t1, no, None, diffrax.RESULTS.successful
+
+
+def test_a_rejected_step_may_become_longer():
+    decay = diffrax.ODETerm(lambda t, y, args: -y)
+    sol = solve(DEER(), decay, 1.7, jnp.ones(1), stepsize_controller=_Doubled())
+    np.testing.assert_allclose(sol.ys[0], np.exp(-1.7), rtol=1e-5)
+    counts = [int(sol.stats[f"num_{k}_steps"]) for k in ("accepted", "rejected")]
+    assert counts == [11, 4]
 
 
 def test_implicit_steps():

@@ -159,15 +159,18 @@ def solve_adaptively(
     most: int,
     fewest: int,
     step_ts: Float[Array, " times"] | None = None,
+    threshold: Float[Array, ""] | None = None,
 ) -> AdaptiveSolution:
     """In at least `fewest` steps, of which `most` may be tried, some of which end at
-    `step_ts`.
+    `step_ts`. Entries above `threshold` are resolved, if it is given and not zero.
 
     Steps and their lengths are Diffrax's. The loop over them is not: it compiles in
     half of the time of `diffrax.diffeqsolve` (0.4 s in place of 0.9; JAX 0.12).
     """
     largest = jnp.max(jnp.abs(y0), initial=0)
     atol = GUESS_ATOL * rtol * jnp.where(largest > 0, largest, 1)
+    if threshold is not None:
+        atol = jnp.where(threshold > 0, jnp.minimum(atol, rtol * threshold), atol)
     solver = _loose_solver(is_stiff, rtol, atol)
     controller = diffrax.PIDController(rtol=rtol, atol=atol, dtmax=(t1 - t0) / fewest)
     if step_ts is not None:
@@ -226,7 +229,7 @@ class AdaptiveSteps(eqx.Module):
             ends=nowhere,
             infos=None,
         )
-        info = jax.eval_shape(lambda now: self._attempt(now)[2], begin)
+        info = jax.eval_shape(lambda now: self._attempt(now)[-1], begin)
         infos = jtu.tree_map(lambda x: jnp.zeros((self.most, *x.shape), x.dtype), info)
         return lax.while_loop(
             lambda now: unvmap_any(self._is_running(now)),
@@ -257,11 +260,11 @@ class AdaptiveSteps(eqx.Module):
         fine = is_finite & (result == diffrax.RESULTS.successful)
         y1 = select(fine, y1, now.y)
         error = jtu.tree_map(lambda e: jnp.where(fine, e, jnp.inf), error)
-        return y1, error, info if self.has_infos else None
+        return fine, y1, error, info if self.has_infos else None
 
     def _step(self, t0, now: Stepping) -> Stepping:
         t1, floor = self.t1, self._floor(t0)
-        y1, error, info = self._attempt(now)
+        fine, y1, error, info = self._attempt(now)
         keep, tprev, tnext, _, controller_state, result = (
             self.controller.adapt_step_size(
                 *(now.tprev, now.tnext, now.y, y1, self.args, error, self.order),
@@ -275,12 +278,15 @@ class AdaptiveSteps(eqx.Module):
         # would copy all that is stored, in each turn.
         goes_on = self._is_running(now)
         keep = jnp.logical_and(keep, goes_on)
-        # A step that is rejected would be tried for ever where rounding makes it no
-        # shorter, and the controller has not changed; or where it is one unit long.
+        # A step that is rejected would be tried for ever where rounding makes the next
+        # one the same, and the controller has not changed; or one unit long.
         is_same = jnp.asarray(eqx.tree_equal(controller_state, now.controller_state))
-        is_same = is_same & (tnext >= now.tnext)
+        is_same = is_same & (tnext == now.tnext)
         is_shortest = tnext <= nextafter(nextafter(now.tprev))
         is_stuck = ~keep & (is_same | is_shortest)
+        # A controller may keep the shortest step whatever its error.
+        is_stuck = is_stuck | (keep & ~fine)
+        keep = keep & fine
         is_stuck = is_stuck | (result != diffrax.RESULTS.successful)
         # Beyond the end nothing is stored.
         index = jnp.where(keep, now.num_accepted, self.most)

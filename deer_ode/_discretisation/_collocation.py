@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Args, State, Y
 from .._misc import StateFlattener, previous_states
@@ -142,7 +142,7 @@ class _CollocationRecurrence(AbstractEquationRecurrence):
     r"""`(t, Y, h dY/dt, x)` to what has to vanish, in the step `x`."""
     nodes: Nodes = eqx.field(static=True)
     ode: Callable[[Any, State], State] | None = eqx.field(static=True)
-    threshold: Float[Array, ""] | None
+    threshold: State | None
     is_stiff: bool = eqx.field(static=True)
     is_solved: bool = eqx.field(static=True)
     r"""Whether the equation is $h \dot Y$ less something that depends on $Y$ alone."""

@@ -6,8 +6,9 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.lax as lax
+import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Int, Real
 
 from .._custom_types import Args, Trajectory, Y
 from .._misc import previous_states
@@ -38,12 +39,15 @@ class Discretised(NamedTuple):
         """The same equation on another grid of as many steps, without noise."""
         return self._replace(recurrence=self.recurrence.on(grid), grid=grid)
 
-    def with_threshold(self, threshold: Float[Array, ""]) -> "Discretised":
+    def with_threshold(self, threshold: Y) -> "Discretised":
         """The same, with entries below `threshold` asked for in absolute terms."""
+        recurrence = self.recurrence
+        flat = lax.stop_gradient(recurrence.flattener.flatten(threshold))
+        unknowns = recurrence.y0.shape[0] // max(flat.shape[0], 1)
         recurrence = eqx.tree_at(
             lambda r: r.threshold,
-            self.recurrence,
-            lax.stop_gradient(threshold),
+            recurrence,
+            jnp.tile(flat, unknowns),
             is_leaf=lambda x: x is None,
         )
         return self._replace(recurrence=recurrence)

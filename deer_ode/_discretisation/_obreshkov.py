@@ -101,7 +101,7 @@ class _ObreshkovRecurrence(AbstractEquationRecurrence):
     field: Callable[[Any, State, Grid], State]
     """`(t, y, x)` to the time derivative at `t` within the step `x`."""
     ode: Callable[[Any, State], State] | None = eqx.field(static=True)
-    threshold: Float[Array, ""] | None
+    threshold: State | None
     is_stiff = False
     num_derivatives: int = eqx.field(static=True)
 

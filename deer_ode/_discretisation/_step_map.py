@@ -110,7 +110,7 @@ class StepMap(AbstractMapRecurrence):
     """Whether a step has a root finder within."""
     is_full: bool = eqx.field(static=True)
     """Whether there is no padding, as is known while tracing."""
-    threshold: Float[Array, ""] | None
+    threshold: State | None
 
     def __init__(
         self,
