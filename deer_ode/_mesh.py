@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._custom_types import Mask, Y
 from ._discretisation import Grid
 from ._foreign import nextafter, prevbefore
+from ._misc import for_both_parts
 from ._plan import MESH_GROWTH, MESH_LOOSEST
 
 
@@ -134,8 +135,8 @@ class MeshRefinement(diffrax.AbstractAdaptiveStepSizeController):
             dtype = jnp.finfo(y.dtype).dtype
             least = float(jnp.finfo(dtype).eps) ** 0.5
             rtol = jnp.maximum(jnp.asarray(self.rtol, dtype), least)
-            ratio = jnp.broadcast_to(jnp.asarray(self.atol, dtype) / rtol, y.shape)
-            return lax.complex(ratio, ratio) if jnp.iscomplexobj(y) else ratio
+            ratio = jnp.asarray(self.atol, dtype) / rtol
+            return for_both_parts(jnp.broadcast_to(ratio, y.shape), y)
 
         return jtu.tree_map(of, y)
 

@@ -76,6 +76,14 @@ class StateFlattener(eqx.Module):
         return jtu.tree_unflatten(self._structure, out)
 
 
+def for_both_parts(x: Array, like: Array) -> Array:
+    """The real `x` in the dtype of `like`; for both parts where that is complex."""
+    if not jnp.iscomplexobj(like):
+        return x.astype(like.dtype)
+    x = x.astype(jnp.finfo(like.dtype).dtype)
+    return jax.lax.complex(x, x)
+
+
 def previous_states(
     y0: Inexact[Array, "*state"], ys: Inexact[Array, "steps *state"]
 ) -> Inexact[Array, "steps *state"]:

@@ -32,7 +32,7 @@ from ._grid import LoopInputs
 from ._implicit import solve_trajectory
 from ._mesh import Mesh, MeshRefinement, redistribute, tightened, wanted_lengths
 from ._method import AbstractMethod, TrajectorySolution
-from ._misc import leading_true, previous_states, without_gradient
+from ._misc import for_both_parts, leading_true, previous_states, without_gradient
 from ._plan import (
     FEWEST_GUESS_STEPS,
     MESH_CUTS,
@@ -214,13 +214,13 @@ class Refinement(eqx.Module):
         """
         flattener = self.discretised.recurrence.flattener
         rtol, atol = self.controller.rtol, self.controller.atol
-        with jax.numpy_dtype_promotion("standard"):
-            tolerances = jtu.tree_map(
-                lambda y: (atol + rtol * jnp.abs(y)).astype(y.dtype),
-                jax.vmap(flattener.unflatten)(ys),
-            )
-        tolerances = jax.vmap(flattener.flatten)(tolerances)
-        smallest = jnp.min(tolerances, axis=1, keepdims=True)
+
+        def tolerances(y):
+            of = lambda y: for_both_parts(atol + rtol * jnp.abs(y), y)
+            with jax.numpy_dtype_promotion("standard"):
+                return flattener.flatten(jtu.tree_map(of, flattener.unflatten(y)))
+
+        smallest = jnp.min(jax.vmap(tolerances)(ys), axis=1, keepdims=True)
         # As good as random.
         signs = jnp.sin(1e4 * jnp.arange(1, ys.size + 1, dtype=ys.dtype) ** 2)
         change = MESH_PERTURBATION * smallest * signs.reshape(ys.shape)
