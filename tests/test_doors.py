@@ -669,10 +669,14 @@ def test_states(which, door, method):
     assert_same_solution(sol, run(None, solver, **kwargs))
 
 
-def test_no_numbers_and_much_padding():
+@pytest.mark.parametrize(
+    "solver",
+    [diffrax.Euler(), pytest.param(diffrax.Kvaerno3(), marks=pytest.mark.slow)],
+)
+def test_no_numbers_and_much_padding(solver):
     """More steps than a loop takes at a time, of a state without entries."""
     term = diffrax.ODETerm(lambda t, y, args: -y)
-    sol = run("b", y0=jnp.zeros(0), term=term, max_steps=300, method=AUTO)
+    sol = run("b", solver, y0=jnp.zeros(0), term=term, max_steps=300, method=AUTO)
     assert sol.ys.shape == (1, 0) and sol.result == diffrax.RESULTS.successful
     assert int(sol.stats["num_steps"]) == 30
 

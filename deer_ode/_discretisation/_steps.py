@@ -53,7 +53,7 @@ def take_steps(
 
     starts = previous_states(flat_y0, ys)
     with tracing_steps():
-        if recurrence.is_explicit:
+        if recurrence.is_explicit or starts.size == 0:
             return jax.vmap(take)(starts, xs)
         # An implicit step works on a Jacobian: as many at a time as there is room for.
         bytes_per_step = starts.shape[1] ** 2 * starts.dtype.itemsize
