@@ -671,7 +671,13 @@ def test_states(which, door, method):
 
 @pytest.mark.parametrize(
     "solver",
-    [diffrax.Euler(), pytest.param(diffrax.Kvaerno3(), marks=pytest.mark.slow)],
+    [
+        diffrax.Euler(),
+        pytest.param(
+            diffrax.ImplicitEuler(root_finder=diffrax.VeryChord(1e-6, 1e-6)),
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_no_numbers_and_much_padding(solver):
     """More steps than a loop takes at a time, of a state without entries."""
