@@ -292,8 +292,9 @@ class Refinement(eqx.Module):
             ),
             num_accurate=leading_true(good),
             num_meshes=now.num_meshes + 1,
-            # Or nothing can be divided further.
-            is_done=jnp.all(good) | (mesh.num_steps <= now.mesh.num_steps),
+            # Or there is room for all of it, and nothing can be divided further.
+            is_done=jnp.all(good)
+            | (mesh.num_steps <= jnp.minimum(now.mesh.num_steps, mesh.capacity)),
         )
 
     def __call__(self) -> Refined:
