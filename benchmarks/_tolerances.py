@@ -79,10 +79,10 @@ def _evaluations(rival: Rival, size: int, stats: dict[str, int]) -> int | None:
         return None
     if not rival.is_ours:
         return stats["num_steps"] * rival.evaluations
-    # Two error estimates of the guess, iterations, and the steps of each mesh, once
-    # more for their errors and once for the answer.
+    # Error estimates of the guess, twice of two kinds, iterations, and the steps of each
+    # mesh, once more for their errors and once for the answer.
     iterations = stats["num_newton_steps"] * (1 + size)
-    rounds = 2 + iterations + stats["num_meshes"] + 1
+    rounds = 4 + iterations + stats["num_meshes"] + 1
     return (
         stats["num_guess_steps"] * DOPRI8
         + rounds * stats["num_accepted_steps"] * rival.evaluations
