@@ -79,7 +79,7 @@ def _evaluations(rival: Rival, size: int, stats: dict[str, int]) -> int | None:
         return None
     if not rival.is_ours:
         return stats["num_steps"] * rival.evaluations
-    # Error estimates of the guess, twice of two kinds, iterations, and the steps of each
+    # Error estimates of the guess, two kinds twice; iterations; and the steps of each
     # mesh, once more for their errors and once for the answer.
     iterations = stats["num_newton_steps"] * (1 + size)
     rounds = 4 + iterations + stats["num_meshes"] + 1
