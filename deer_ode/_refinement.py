@@ -132,7 +132,8 @@ class Refinement(eqx.Module):
 
     def _guess(self) -> AdaptiveSolution | None:
         recurrence, (t0, t1) = self.discretised.recurrence, self._ends
-        if recurrence.ode is None:
+        threshold = recurrence.threshold
+        if recurrence.ode is None or threshold is None:
             return None
         y0 = recurrence.states(recurrence.y0[None])[0]
         rtol = guess_tolerance(None, y0.dtype)
@@ -143,7 +144,7 @@ class Refinement(eqx.Module):
                 *(t0, t1, (t1 - t0) / MESH_UNIFORM, y0, rtol, recurrence.is_stiff),
                 *(most, FEWEST_GUESS_STEPS),
                 self._fixed if self._fixed.size > 1 else None,
-                None if (size := recurrence.threshold) is None else jnp.min(size),
+                jnp.min(threshold, initial=jnp.inf),
             )
 
     def _on(self, mesh: Mesh) -> Discretised:
@@ -220,11 +221,12 @@ class Refinement(eqx.Module):
             with jax.numpy_dtype_promotion("standard"):
                 return flattener.flatten(jtu.tree_map(of, flattener.unflatten(y)))
 
-        smallest = jnp.min(jax.vmap(tolerances)(ys), axis=1, keepdims=True)
+        each = jax.vmap(tolerances)(ys)
+        smallest = jnp.min(each, axis=1, keepdims=True, initial=jnp.inf)
         # As good as random.
         signs = jnp.sin(1e4 * jnp.arange(1, ys.size + 1, dtype=ys.dtype) ** 2)
         change = MESH_PERTURBATION * smallest * signs.reshape(ys.shape)
-        # What is exactly zero is so in every step: its field may have no derivative.
+        # Where an entry is exactly zero its field may have no derivative.
         return ys + jnp.where(ys == 0, 0, change)
 
     def _candidate(self) -> tuple[Mesh, Trajectory, Int[Array, ""]]:
