@@ -28,7 +28,7 @@ from .._misc import (
     rows_where,
     without_gradient,
 )
-from .._plan import STRETCH, shares_jacobian
+from .._plan import PADDED_STRETCH, shares_jacobian
 from .._programs import without_checks
 from .._recurrence import AbstractMapRecurrence
 from ._adaptive import adaptive_trajectory, guess_field
@@ -205,7 +205,7 @@ class StepMap(AbstractMapRecurrence):
             y = step(y, x)
             return y, y
 
-        num_steps, size = self.num_steps, STRETCH
+        num_steps, size = self.num_steps, PADDED_STRETCH
         if self.is_full or num_steps <= size:
             return lax.scan(take, self.y0, self.xs)[1]
 
