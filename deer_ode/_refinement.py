@@ -225,7 +225,9 @@ class Refinement(eqx.Module):
         smallest = jnp.min(each, axis=1, keepdims=True, initial=jnp.inf)
         # As good as random.
         signs = jnp.sin(1e4 * jnp.arange(1, ys.size + 1, dtype=ys.dtype) ** 2)
-        change = MESH_PERTURBATION * smallest * signs.reshape(ys.shape)
+        # The same for each mode of the field, over which it is spread out.
+        size = MESH_PERTURBATION * ys.shape[1] ** 0.5
+        change = size * smallest * signs.reshape(ys.shape)
         # Where an entry is exactly zero its field may have no derivative.
         return ys + jnp.where(ys == 0, 0, change)
 
