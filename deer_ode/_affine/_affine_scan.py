@@ -76,7 +76,8 @@ def affine_scan(
     **Arguments:**
 
     - `A`: the transition matrices, of shape `(steps, state, state)`, or only their
-        diagonals, of shape `(steps, state)`.
+        diagonals, of shape `(steps, state)`. One matrix for all steps has to be
+        broadcast to the former.
     - `b`: the biases, of shape `(steps, state)`, in units of the state.
     - `y0`: the state before the first step (after the last one if `reverse`), of shape
         `(state,)`.
