@@ -211,7 +211,7 @@ def test_the_first_mesh_is_stable():
 
 @pytest.mark.slow(covered_by="test_the_first_mesh_is_stable")
 def test_a_field_of_positive_states_only():
-    """No state from which errors are estimated leaves that side."""
+    """Where perturbed states leave that side the unperturbed ones count."""
     sol = solve(
         term=diffrax.ODETerm(lambda t, y, args: -(y**1.5)),
         t1=1e3,

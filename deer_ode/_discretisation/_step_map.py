@@ -74,6 +74,7 @@ class _Step(eqx.Module):
     first: Grid
 
     def filled(self, y: State, x: StepInputs) -> tuple[State, StepInputs]:
+        """A step that can be made, and the state before it."""
         select = lambda a, b: jnp.where(x.grid.active, a, b)
         times_of = lambda grid: (grid.tprev, grid.tnext)
         times = jtu.tree_map(select, times_of(x.grid), times_of(self.first))
