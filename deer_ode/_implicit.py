@@ -45,7 +45,7 @@ def _batch_first(ys: Trajectory) -> Trajectory:
 def _solve(
     recurrence: AbstractRecurrence,
     run: Callable[[AbstractRecurrence], TrajectorySolution],
-    linearisation: AbstractLinearisation,
+    linearisation: AbstractLinearisation | None,
 ) -> TrajectorySolution:
     del linearisation
     solution = run(recurrence)
@@ -61,9 +61,12 @@ def _solve_jvp(primals, tangents):
     t_solution = jtu.tree_map(lambda _: None, solution)
     if len(jtu.tree_leaves(t_recurrence)) == 0:
         return solution, t_solution
-    exact = recurrence.choose(linearisation)
+    if linearisation is None:
+        tangent = _tangent_of_loop
+    else:
+        tangent = ft.partial(_tangent, recurrence.choose(linearisation))
     # The steps are checked along the solution, where they are taken once more.
-    tangent = without_checks(ft.partial(_tangent, exact))
+    tangent = without_checks(tangent)
     return solution, t_solution._replace(
         ys=tangent(recurrence, solution.ys, t_recurrence)
     )
@@ -99,6 +102,19 @@ def _tangent(
     return by_platform(in_windows)
 
 
+def _tangent_of_loop(
+    recurrence: AbstractRecurrence, ys: Trajectory, t_recurrence: Any
+) -> Trajectory:
+    """The same by JAX's own derivative of the loop over the steps."""
+    del ys
+    return eqx.filter_jvp(_loop, (recurrence,), (t_recurrence,))[1]
+
+
+def _loop(recurrence: AbstractRecurrence) -> Trajectory:
+    with recurrence.tracing():
+        return recurrence.loop()
+
+
 def solve_trajectory(
     recurrence: AbstractRecurrence, method: AbstractMethod, *, is_checked: bool = True
 ) -> TrajectorySolution:
@@ -108,12 +124,7 @@ def solve_trajectory(
     of the solution, and on nothing else.
     """
     if is_native(recurrence, method):
-
-        def loop(recurrence):
-            with recurrence.tracing():
-                return recurrence.loop()
-
-        loop = loop if is_checked else without_checks(loop)
+        loop = _loop if is_checked else without_checks(_loop)
         return sequential_solution(loop(recurrence), only_finite=not method.fallback)
 
     def solve(recurrence):
@@ -178,7 +189,7 @@ def give_derivatives(
     recurrence: AbstractRecurrence,
     ys: Trajectory,
     num_good: Int[Array, ""],
-    linearisation: AbstractLinearisation,
+    method: AbstractMethod,
     has_checks: bool,
 ) -> Trajectory:
     """`ys` as they are, differentiable as the trajectory of `recurrence`, with the
@@ -187,4 +198,6 @@ def give_derivatives(
     ys = without_gradient(ys)
     steps = Program.of(lambda r, ys: r.evaluate(ys), recurrence, ys)
     known = _Known(ys, num_good, has_checks or steps.has_checks)
+    is_loop = is_native(recurrence, method)
+    linearisation = None if is_loop else method.exact_linearisation
     return _solve(recurrence, known, linearisation).ys

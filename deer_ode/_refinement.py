@@ -93,6 +93,8 @@ class Refined(NamedTuple):
     """Of the mesh that was wanted last: more than there is room for is cut off."""
     num_guess_steps: Int[Array, ""]
     """Sequential steps that were tried."""
+    states: Any = None
+    """After each of sequential steps, as the user has them."""
     controller_state: Any = None
     """Of sequential steps, after the last of them."""
 
@@ -338,7 +340,7 @@ def sequential_mesh(
     def run(terms, args, controller, order, state, t1):
         steps = AdaptiveSteps(
             *(inputs.solver.solver, terms, args, controller, order, t1, max_steps),
-            has_infos=False,
+            to_store=lambda y1, info: y1,
         )
         start = jnp.asarray(state.tprev), jnp.asarray(state.tnext)
         end = steps.run(state.y, state.controller_state, *start)
@@ -351,6 +353,10 @@ def sequential_mesh(
         steps = jnp.arange(max_steps, dtype=jnp.int32)
         hold = lambda x: jnp.where(steps < num_steps, x, end.tprev)
         tnext = jnp.where(steps == num_steps, end.tnext, hold(end.ends))
+        last = jnp.minimum(steps, jnp.maximum(num_steps - 1, 0))
+        states = jtu.tree_map(
+            lambda x, y0: jnp.where(num_steps > 0, x[last], y0), end.stored, state.y
+        )
         return Refined(
             grid=Grid(hold(end.starts), tnext, steps < num_active),
             solution=None,
@@ -358,6 +364,7 @@ def sequential_mesh(
             num_meshes=jnp.asarray(1, jnp.int32),
             num_mesh_steps=jnp.where(is_end | gave_up, num_steps, 4 * max_steps),
             num_guess_steps=end.num_attempts,
+            states=states,
             controller_state=end.controller_state,
         )
 

@@ -16,7 +16,7 @@ from ._failure import error_if_failed
 from ._foreign import LoopState, direction_of, unvmap_any
 from ._grid import LoopInputs
 from ._implicit import give_derivatives, is_native, solve_trajectory
-from ._method import AbstractMethod, TrajectorySolution
+from ._method import AbstractMethod, TrajectorySolution, sequential_solution
 from ._misc import always, hold_last_good, leading_true, state_at, without_gradient
 from ._programs import Program
 from ._refinement import Refined
@@ -70,7 +70,7 @@ def solve(
     been solved for, without derivatives.
     """
     grid, events = discretised.grid, None
-    solution: Any = None if refined is None else refined.solution
+    solution = None if refined is None else _found_before(discretised, method, refined)
     if inputs.event is None and solution is None:
         solution = solve_trajectory(discretised.recurrence, method)
         found = trajectory = solution.ys
@@ -105,19 +105,29 @@ def solve(
     )
 
 
+def _found_before(
+    discretised: Discretised, method: AbstractMethod, refined: Refined
+) -> TrajectorySolution | None:
+    """What the search for steps solved already."""
+    if refined.solution is not None:
+        return refined.solution
+    if not is_native(discretised.recurrence, method):
+        return None
+    ys = discretised.recurrence.flatten(refined.states)
+    return sequential_solution(ys, only_finite=not method.fallback)
+
+
 def _with_derivatives(
     discretised: Discretised, method: AbstractMethod, solution: TrajectorySolution
 ) -> tuple[Trajectory, Trajectory]:
     """The trajectory up to the end of the grid, without and with derivatives."""
     recurrence = discretised.recurrence
-    if is_native(recurrence, method):
-        return solution.ys, solve_trajectory(recurrence, method).ys
     found = hold_last_good(recurrence.y0, solution.ys, discretised.grid.active)
     trajectory = give_derivatives(
         recurrence,
         found,
         solution.num_good_steps,
-        method.exact_linearisation,
+        method,
         discretised.has_draws,
     )
     return found, trajectory

@@ -88,8 +88,8 @@ class Stepping(NamedTuple):
     starts: Float[Array, " attempts"]
     ends: Float[Array, " attempts"]
     """Of the accepted steps; then infinity."""
-    infos: PyTree[Array]
-    """What the interpolation of each needs."""
+    stored: PyTree[Array]
+    """The state after each, or what its interpolation needs."""
 
 
 class AdaptiveSolution(eqx.Module):
@@ -181,7 +181,10 @@ def solve_adaptively(
     tnext, controller_state = controller.init(
         term, t0, t1, y0, dt0, None, solver.func, order
     )
-    steps = AdaptiveSteps(solver, term, None, controller, order, t1, most, True)
+    steps = AdaptiveSteps(
+        *(solver, term, None, controller, order, t1, most),
+        to_store=lambda y1, info: info,
+    )
     end = steps.run(y0, controller_state, t0, tnext)
     return AdaptiveSolution(
         t0=t0,
@@ -190,7 +193,7 @@ def solve_adaptively(
         num_attempts=end.num_attempts,
         num_accepted=end.num_accepted,
         ts=end.ends,
-        _infos=end.infos,
+        _infos=end.stored,
         _interpolation_cls=solver.interpolation_cls,
     )
 
@@ -210,8 +213,8 @@ class AdaptiveSteps(eqx.Module):
     order: Any
     t1: Float[Array, ""]
     most: int = eqx.field(static=True)
-    has_infos: bool = eqx.field(static=True)
-    """Whether to store what the interpolation of each needs."""
+    to_store: Callable[[Y, Any], PyTree[Array]] = eqx.field(static=True)
+    """Of the state after a step, and of what its interpolation needs."""
 
     def run(self, y0: Y, controller_state: Any, t0, tnext) -> Stepping:
         """From `t0`, first to `tnext`."""
@@ -227,14 +230,14 @@ class AdaptiveSteps(eqx.Module):
             is_too_short=no,
             starts=nowhere,
             ends=nowhere,
-            infos=None,
+            stored=None,
         )
-        info = jax.eval_shape(lambda now: self._attempt(now)[-1], begin)
-        infos = jtu.tree_map(lambda x: jnp.zeros((self.most, *x.shape), x.dtype), info)
+        one = jax.eval_shape(lambda now: self._attempt(now)[-1], begin)
+        stored = jtu.tree_map(lambda x: jnp.zeros((self.most, *x.shape), x.dtype), one)
         return lax.while_loop(
             lambda now: unvmap_any(self._is_running(now)),
             lambda now: self._step(t0, now),
-            begin._replace(infos=infos),
+            begin._replace(stored=stored),
         )
 
     def _floor(self, t0):
@@ -260,11 +263,11 @@ class AdaptiveSteps(eqx.Module):
         fine = is_finite & (result == diffrax.RESULTS.successful)
         y1 = select(fine, y1, now.y)
         error = jtu.tree_map(lambda e: jnp.where(fine, e, jnp.inf), error)
-        return fine, y1, error, info if self.has_infos else None
+        return fine, y1, error, self.to_store(y1, info)
 
     def _step(self, t0, now: Stepping) -> Stepping:
         t1, floor = self.t1, self._floor(t0)
-        fine, y1, error, info = self._attempt(now)
+        fine, y1, error, one = self._attempt(now)
         keep, tprev, tnext, _, controller_state, result = (
             self.controller.adapt_step_size(
                 *(now.tprev, now.tnext, now.y, y1, self.args, error, self.order),
@@ -301,5 +304,5 @@ class AdaptiveSteps(eqx.Module):
             is_too_short=now.is_too_short | (goes_on & is_stuck),
             starts=store(now.starts, now.tprev),
             ends=store(now.ends, jnp.where(now.tnext > floor, t1, now.tnext)),
-            infos=jtu.tree_map(store, now.infos, info),
+            stored=jtu.tree_map(store, now.stored, one),
         )
