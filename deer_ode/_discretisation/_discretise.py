@@ -85,16 +85,20 @@ class Discretised(NamedTuple):
         index: Int[Array, " times"],
     ) -> Y:
         """The interpolated solution at `ts`, which lie in the steps `index`."""
-        recurrence = self.recurrence
-        tprev, tnext = self.grid.tprev[index], self.grid.tnext[index]
+        recurrence, rows = (
+            self.recurrence,
+            lambda tree: jtu.tree_map(lambda x: x[index], tree),
+        )
         if isinstance(recurrence, AbstractEquationRecurrence):
-            info = jtu.tree_map(lambda x: x[index], steps.dense_info)
-            return jax.vmap(recurrence.interpolate)(info, tprev, tnext, ts)
-        # Each of these steps again, which is less work than to keep what the
-        # interpolation needs of all steps.
-        start = previous_states(recurrence.y0, ys)[index]
-        xs = jtu.tree_map(lambda x: x[index], recurrence.xs)
-        _, info = jax.vmap(recurrence.with_info)(start, xs)
+            times = self.grid.tprev[index], self.grid.tnext[index]
+            return jax.vmap(recurrence.interpolate)(rows(steps.dense_info), *times, ts)
+        xs = rows(recurrence.xs)
+        if ts.shape[0] > self.grid.num_steps:
+            info = rows(steps.dense_info)
+        else:
+            # These steps again, which is less work than all of them.
+            start = previous_states(recurrence.y0, ys)[index]
+            _, info = jax.vmap(recurrence.with_info)(start, xs)
         flat = jax.vmap(recurrence.between)(xs, info, ts)
         return jax.vmap(recurrence.flattener.unflatten)(flat)
 
