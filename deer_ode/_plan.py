@@ -131,8 +131,8 @@ TINY_MATRIX = 4
 STRETCH = 256
 
 # Of a loop over maps with room for more steps than are made, so many are left out or
-# made together. With 32 in place of 256 the gradient of 19 steps of a network, with room
-# for 4,096, took 0.27 ms for 0.87; of 91 steps of Lotka--Volterra 0.18 for 0.16
+# made together. With 32 in place of 256 the gradient of 19 steps of a network, with
+# room for 4,096, took 0.27 ms for 0.87; of 91 steps of Lotka--Volterra 0.18 for 0.16
 # (JAX 0.12). Stretches of stretches gain nothing.
 PADDED_STRETCH = 32
 

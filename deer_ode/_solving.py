@@ -70,7 +70,7 @@ def solve(
     been solved for, without derivatives.
     """
     grid, events = discretised.grid, None
-    solution = None if refined is None else _found_before(discretised, method, refined)
+    solution: Any = _found_before(discretised, method, refined)
     if inputs.event is None and solution is None:
         solution = solve_trajectory(discretised.recurrence, method)
         found = trajectory = solution.ys
@@ -106,11 +106,11 @@ def solve(
 
 
 def _found_before(
-    discretised: Discretised, method: AbstractMethod, refined: Refined
+    discretised: Discretised, method: AbstractMethod, refined: Refined | None
 ) -> TrajectorySolution | None:
     """What the search for steps solved already."""
-    if refined.solution is not None:
-        return refined.solution
+    if refined is None or refined.solution is not None:
+        return None if refined is None else refined.solution
     if not is_native(discretised.recurrence, method):
         return None
     ys = discretised.recurrence.flatten(refined.states)

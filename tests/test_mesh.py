@@ -223,6 +223,7 @@ def test_a_field_of_positive_states_only():
     assert int(sol.stats["num_steps"]) <= 43
 
 
+@pytest.mark.slow(covered_by="test_the_first_mesh_is_stable")
 def test_entries_that_have_nothing_to_do_with_each_other():
     """One stays where its field is not defined on one side, one is very large: the mesh
     is that of the others.
@@ -275,6 +276,7 @@ def test_equations_are_estimated_from_solutions():
     assert sol.stats["path"] == "newton"
 
 
+@pytest.mark.slow(covered_by="test_as_accurate_as_stock_in_as_many_steps")
 def test_single_precision():
     pid = diffrax.PIDController(rtol=jnp.float32(1e-4), atol=jnp.float32(1e-6))
     sol = diffeqsolve(
@@ -429,6 +431,7 @@ def test_steps_that_are_equations_take_the_own_side_of_a_jump():
     np.testing.assert_array_equal(ends, [1, 1, -5])
 
 
+@pytest.mark.slow(covered_by="test_a_jump_of_the_field")
 def test_what_is_saved_at_a_jump():
     """The end of a step at a jump is saved, and looked up, as Diffrax has it."""
     jump = diffrax.ODETerm(lambda t, y, args: jnp.where(t < 0.5, 1.0, -5.0) * y)
@@ -460,6 +463,7 @@ def test_what_is_saved_at_a_jump():
     assert sol.made_jump
 
 
+@pytest.mark.slow(covered_by="test_given_times_and_lengths")
 def test_controlled_equations():
     """Without a loose solve the first mesh is even."""
     ts = jnp.linspace(0, 3, 4)
@@ -543,6 +547,7 @@ def test_a_jump_at_the_end(method):
     assert_close(sol.ys, solve(solver).ys, 1e-4)
 
 
+@pytest.mark.slow(covered_by="test_members_of_a_batch_have_their_own_meshes")
 def test_a_batch_of_events():
     """What only the event closes over is mapped."""
 
