@@ -111,6 +111,7 @@ def _tangent_of_loop(
 
 
 def _loop(recurrence: AbstractRecurrence) -> Trajectory:
+    assert isinstance(recurrence, AbstractMapRecurrence)
     with recurrence.tracing():
         return recurrence.loop()
 
