@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from ._affine import scan_steps
 from ._custom_types import Mask, Trajectory
-from ._misc import ROUNDING_UNITS, finite, leading_true, running_max
+from ._misc import ROUNDING_UNITS, finite, leading_true, running
 from ._recurrence import AbstractRecurrence, Linearised
 
 
@@ -79,7 +79,7 @@ class Acceptance(eqx.Module):
         def compare_with_rounding():
             added_up = jnp.abs(scan_steps(linearised.A, linearised.rounding))
             eps = jnp.asarray(recurrence.eps, correction.dtype)[None]
-            floor = ROUNDING_UNITS * eps * running_max(finite(added_up))
+            floor = ROUNDING_UNITS * eps * running(lax.cummax, finite(added_up))
             return jnp.all(jnp.abs(correction) <= jnp.maximum(bound, floor), axis=-1)
 
         # Whether the first step that fails does so by its correction alone.

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from ._custom_types import Mask, Y
 from ._discretisation import Grid
 from ._foreign import nextafter, prevbefore
-from ._misc import for_both_parts
+from ._misc import for_both_parts, running
 from ._plan import MESH_GROWTH, MESH_LOOSEST
 
 
@@ -205,6 +205,16 @@ def given_times(mesh: MeshRefinement | None, t0, t1) -> Float[Array, " given"]:
     return jnp.sort(jnp.concatenate([ends, within]))
 
 
+def _interval(ends: Float[Array, " ends"], x: Float[Array, " x"]) -> Int[Array, " x"]:
+    """Between which two of a few `ends`, which ascend, each `x` is.
+
+    A binary search would be the faster one for many, but compiles for ten times as
+    long.
+    """
+    index = jnp.searchsorted(ends, x, side="right", method="compare_all") - 1
+    return jnp.clip(index, 0, ends.shape[0] - 2)
+
+
 def moved_with(
     given: Float[Array, " given"], times: Float[Array, " times"]
 ) -> Float[Array, " times"]:
@@ -213,8 +223,8 @@ def moved_with(
     """
     known = lax.stop_gradient(given)
     change = jnp.where(jnp.isfinite(known), given - known, 0)
-    after = jnp.clip(jnp.searchsorted(known, times), 1, known.shape[0] - 1)
-    before = after - 1
+    before = _interval(known, times)
+    after = before + 1
     length = known[after] - known[before]
     share = (times - known[before]) / jnp.where(length > 0, length, 1)
     share = jnp.clip(share, 0, 1)
@@ -258,17 +268,20 @@ def redistribute(
     several steps add up, rounded upwards.
     """
     none = jnp.zeros(1, points.dtype)
-    up_to = lambda x: jnp.concatenate([none, jnp.cumsum(x)])
+    up_to = lambda x: jnp.concatenate([none, running(lax.cumsum, x)])
     reached = up_to(parts)
-    at_fixed = reached[jnp.searchsorted(points, fixed, side="right") - 1]
+    last = jnp.searchsorted(points, fixed, side="right", method="compare_all") - 1
+    at_fixed = reached[last]
     at_fixed = jnp.concatenate([none, at_fixed])
     wanted = jnp.diff(at_fixed)
     # Rounding of a sum makes no step more.
     count = jnp.ceil(wanted * (1 - 64 * jnp.finfo(points.dtype).eps))
     steps = up_to(jnp.where(wanted > 0, jnp.maximum(count, 1), 0))
-    # `interp` is exact where it is given one of its points, so these are kept to the
-    # last digit.
-    index = jnp.interp(reached, at_fixed, steps)
+    # Exact at both ends of an interval, so these points are kept to the last digit.
+    before = _interval(at_fixed, reached)
+    length = jnp.where(wanted > 0, wanted, 1)[before]
+    share = (reached - at_fixed[before]) / length
+    index = steps[before] + share * jnp.diff(steps)[before]
     new = jnp.arange(capacity + 1, dtype=points.dtype)
     num_steps = jnp.minimum(steps[-1], float(jnp.iinfo(jnp.int32).max))
     return Mesh(
@@ -294,7 +307,7 @@ def wanted_lengths(
     limit = jnp.where(lengths > 0, wanted, jnp.inf)
     distance = MESH_GROWTH * (points[:-1] + lengths / 2)
     for sign, is_reverse in ((1, False), (-1, True)):
-        reached = lax.cummin(limit - sign * distance, reverse=is_reverse)
+        reached = running(lax.cummin, limit - sign * distance, reverse=is_reverse)
         limit = jnp.minimum(limit, reached + sign * distance)
     wanted = jnp.where(lengths > 0, limit, 1)
     if controller.dtmin is not None:

@@ -101,20 +101,31 @@ def leading_true(mask: Mask) -> Array:
     return jnp.where(mask[first], mask.shape[0], first).astype(jnp.int32)
 
 
-def running_max(x: Array, axis: int = 0) -> Array:
-    """`jax.lax.cummax`. On a CPU as a loop, which compiles in a quarter of the time and
-    runs in a third (2,000 rows of two; JAX 0.12).
+_RUNNING = {
+    lax.cummax: (jnp.maximum, -np.inf),
+    lax.cummin: (jnp.minimum, np.inf),
+    lax.cumsum: (jnp.add, 0),
+}
+
+
+def running(
+    cumulative: Callable[..., Array], x: Array, axis: int = 0, reverse: bool = False
+) -> Array:
+    """`cumulative(x, axis, reverse)`, which is `jax.lax.cummax` or its like. On a CPU
+    as a loop, which compiles in a quarter of the time and runs in a third (the maximum
+    of 2,000 rows of two; JAX 0.12).
     """
     if default_platform() != "cpu":
-        return lax.cummax(x, axis)
+        return cumulative(x, axis, reverse)
+    combine, neutral = _RUNNING[cumulative]
 
-    def step(largest, row):
-        largest = jnp.maximum(largest, row)
-        return largest, largest
+    def step(so_far, row):
+        so_far = combine(so_far, row)
+        return so_far, so_far
 
     rows = jnp.moveaxis(x, axis, 0)
-    lowest = jnp.full_like(rows[0], -jnp.inf)
-    return jnp.moveaxis(lax.scan(step, lowest, rows)[1], 0, axis)
+    first = jnp.full_like(rows[0], neutral)
+    return jnp.moveaxis(lax.scan(step, first, rows, reverse=reverse)[1], 0, axis)
 
 
 def count_true(mask: Mask) -> Array:

@@ -24,7 +24,7 @@ from ._misc import (
     finite,
     previous_states,
     rows_where,
-    running_max,
+    running,
 )
 from ._programs import without_checks
 
@@ -179,7 +179,7 @@ class AbstractRecurrence(eqx.Module):
         `stride` is how many steps there are from one row to the next.
         """
         del stride
-        return running_max(finite(scale))
+        return running(lax.cummax, finite(scale))
 
     @abc.abstractmethod
     def evaluate(self, ys: Trajectory) -> Trajectory:
@@ -408,7 +408,7 @@ class Recurrence(AbstractMapRecurrence):
         padding = -scale.shape[0] % memory
         stretches = jnp.pad(scale, ((0, padding), (0, 0)))
         stretches = stretches.reshape(-1, memory, scale.shape[1])
-        so_far = running_max(stretches, axis=1)
+        so_far = running(lax.cummax, stretches, axis=1)
         before = jnp.concatenate([so_far[:1, :1], so_far[:-1, -1:]])
         largest = jnp.maximum(so_far, before)
         return largest.reshape(-1, scale.shape[1])[: scale.shape[0]]

@@ -31,7 +31,7 @@ from ._foreign import LoopState
 from ._grid import LoopInputs
 from ._implicit import solve_trajectory
 from ._mesh import Mesh, MeshRefinement, redistribute, tightened, wanted_lengths
-from ._method import AbstractMethod, TrajectorySolution
+from ._method import AbstractMethod, TrajectorySolution, sequential_solution
 from ._misc import for_both_parts, leading_true, previous_states, without_gradient
 from ._plan import (
     FEWEST_GUESS_STEPS,
@@ -306,10 +306,8 @@ class Refinement(eqx.Module):
     def __call__(self) -> Refined:
         mesh, ys, num_guess_steps = self._candidate()
         zero = jnp.asarray(0, jnp.int32)
-        solution = jax.eval_shape(lambda mesh, ys: self._solve(mesh, ys)[1], mesh, ys)
-        solution = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), solution)
-        no = jnp.asarray(False)
-        begin = _Progress(mesh, ys, mesh, solution, zero, zero, no)
+        none, no = sequential_solution(jnp.zeros_like(ys)), jnp.asarray(False)
+        begin = _Progress(mesh, ys, mesh, none, zero, zero, no)
         most = self.controller.max_refinements + 1
         end = lax.while_loop(
             lambda now: ~now.is_done & (now.num_meshes < most),
