@@ -107,10 +107,10 @@ def _tangent_of_loop(
 ) -> Trajectory:
     """The same by JAX's own derivative of the loop over the steps."""
     del ys
-    return eqx.filter_jvp(_loop, (recurrence,), (t_recurrence,))[1]
+    return eqx.filter_jvp(_looped, (recurrence,), (t_recurrence,))[1]
 
 
-def _loop(recurrence: AbstractRecurrence) -> Trajectory:
+def _looped(recurrence: AbstractRecurrence) -> Trajectory:
     assert isinstance(recurrence, AbstractMapRecurrence)
     with recurrence.tracing():
         return recurrence.loop()
@@ -125,7 +125,7 @@ def solve_trajectory(
     of the solution, and on nothing else.
     """
     if is_native(recurrence, method):
-        loop = _loop if is_checked else without_checks(_loop)
+        loop = _looped if is_checked else without_checks(_looped)
         return sequential_solution(loop(recurrence), only_finite=not method.fallback)
 
     def solve(recurrence):
