@@ -1,4 +1,8 @@
-"""What `diagnose` is asked about: the recurrence behind a call, and where it is."""
+"""What `diagnose` is asked about: the recurrence behind a call, and where it is.
+
+The call itself is made, by a method that takes the recurrence which it is to solve, and
+ends the call.
+"""
 
 import dataclasses
 import inspect
@@ -8,29 +12,19 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.core
-import jax.lax as lax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
 from ._auto import Auto
-from ._counting import count_even_steps, time_dtype
 from ._damping import Undamped
-from ._discretisation import (
-    AbstractImplicitTerm,
-    Grid,
-    consistent_initial_values,
-    discretise,
-)
-from ._foreign import even_steps, with_tolerances, wrap
+from ._foreign import with_tolerances
 from ._grid import KNOWN_STEPS
 from ._integrate import diffeqsolve
 from ._method import AbstractMethod
 from ._newton import Newton
 from ._plan import Plan, default_platform
-from ._predictor import AbstractPredictor, Trajectory, from_solver_state
 from ._recurrence import AbstractRecurrence
-from ._scan import make_recurrence, scan, solve_recurrence
+from ._scan import scan, solve_recurrence
 from ._solver import DEER
 
 
@@ -48,17 +42,6 @@ class Problem(NamedTuple):
     """What `points` count: time or steps."""
     mesh_stats: dict[str, int] | None = None
     """What it took to find steps for a tolerance."""
-
-
-def _plain(method: AbstractMethod, guess: AbstractPredictor | None) -> Newton:
-    """Newton's method as `method` has it, without what helps it."""
-    newton = method.newton if isinstance(method, Auto) else method
-    if not isinstance(newton, Newton):
-        newton = Newton(guess=method.guess)
-    newton = dataclasses.replace(
-        newton, damping=Undamped(), window=None, progress_meter=None
-    )
-    return newton if guess is None else newton.start_from(guess)
 
 
 def _check_concrete(arguments: dict) -> None:
@@ -86,6 +69,62 @@ def _check_solver(solver) -> None:
         )
 
 
+def _plain(method: AbstractMethod) -> Newton:
+    """Newton's method as `method` has it, without what helps it."""
+    newton = method.newton if isinstance(method, Auto) else method
+    if not isinstance(newton, Newton):
+        newton = Newton(guess=method.guess)
+    return dataclasses.replace(
+        newton, damping=Undamped(), window=None, progress_meter=None
+    )
+
+
+class _Captured(Exception):
+    def __init__(self, recurrence: AbstractRecurrence, newton: Newton):
+        super().__init__()
+        self.recurrence = recurrence
+        self.newton = newton
+
+
+class _Capture(AbstractMethod):
+    """Raises `_Captured` when it is first asked about the recurrence to be solved."""
+
+    newton: Newton
+
+    def is_sequential(self, recurrence, platform):
+        raise _Captured(recurrence, self.newton)
+
+    def plan(self, recurrence, platform):
+        raise _Captured(recurrence, self.newton)
+
+    def solve(self, recurrence, plan):
+        raise _Captured(recurrence, self.newton)
+
+    @property
+    def guess(self):
+        return self.newton.guess
+
+    @property
+    def fallback(self):
+        return True
+
+    def start_from(self, guess):
+        return _Capture(self.newton.start_from(guess))
+
+
+def _capture(solve, arguments: dict) -> _Captured:
+    """What the call would solve, in numbers: nothing of it is compiled as a whole."""
+    try:
+        with jax.disable_jit():
+            solve(**arguments)
+    except _Captured as captured:
+        if captured.recurrence.num_active > 0:
+            return captured
+    names = [name for name in ("t0", "t1", "y0", "init") if name in arguments]
+    got = ", ".join(f"{name}={arguments[name]}" for name in names)
+    raise ValueError(f"There is nothing to diagnose: no steps, or no state; got {got}.")
+
+
 def _on_a_mesh(arguments: dict) -> tuple[dict, dict[str, int] | None]:
     """The same call on the steps that meet its tolerance, as Newton's method chooses
     them; and what it took to find them.
@@ -94,7 +133,7 @@ def _on_a_mesh(arguments: dict) -> tuple[dict, dict[str, int] | None]:
     if isinstance(controller, KNOWN_STEPS):
         return arguments, None
     call: dict[str, Any] = arguments | dict(
-        solver=dataclasses.replace(solver, method=_plain(solver.method, None)),
+        solver=dataclasses.replace(solver, method=_plain(solver.method)),
         saveat=diffrax.SaveAt(t0=True, steps=True),
         event=None,
         discrete_terminating_event=None,
@@ -118,92 +157,43 @@ def _on_a_mesh(arguments: dict) -> tuple[dict, dict[str, int] | None]:
     return arguments, {name: int(sol.stats[name]) for name in names}
 
 
-def _even_points(t0, t1, dt0, saveat) -> np.ndarray:
-    """Diffrax's rule: the first step is `dt0` long, the others divide evenly."""
-    count, _ = count_even_steps(t0, t1, dt0, saveat)
-    assert count is not None  # or the call that is diagnosed had raised
-    # Compiled as it is in a solve, since XLA rounds constants its own way.
-    first = t0 + dt0 if count > 1 else t1
-    tnext = jax.jit(lambda: even_steps(t0, first, t1, count)[1])()
-    return np.concatenate([[t0], np.asarray(tnext)])
-
-
-def _given_points(ts, t0, t1) -> np.ndarray:
-    direction = 1 if t0 < t1 else -1
-    if ts[0] != t0 or ts[-1] != t1 or not np.all(np.diff(ts) * direction > 0):
-        raise ValueError(
-            "`StepTo(ts)` must go from `t0` to `t1` without turning back; got "
-            f"t0={t0}, t1={t1} and ts={ts}."
-        )
-    return ts
-
-
-def _points(arguments: dict) -> np.ndarray:
-    """The grid as Diffrax makes it, forwards or backwards in time."""
-    controller = arguments["stepsize_controller"]
-    t0, t1, dt0 = (arguments[name] for name in ("t0", "t1", "dt0"))
-    dtype = time_dtype(t0, t1, dt0, arguments["saveat"])
-    t0, t1 = dtype.type(t0), dtype.type(t1)
-    if t0 == t1 or not np.isfinite(t1 - t0):
-        raise ValueError(
-            f"`diagnose` needs an interval of finite length; got t0={t0}, t1={t1}."
-        )
-    if isinstance(controller, diffrax.StepTo):
-        return _given_points(np.asarray(controller.ts).astype(dtype), t0, t1)
-    return _even_points(t0, t1, dtype.type(dt0), arguments["saveat"])
-
-
 def _differential_equation(arguments: dict) -> Problem:
     arguments, mesh_stats = _on_a_mesh(arguments)
     solver = arguments["solver"]
-    points = _points(arguments)
-    args, terms, y0 = (arguments[name] for name in ("args", "terms", "y0"))
-    if isinstance(terms, AbstractImplicitTerm):
-        y0 = consistent_initial_values(terms, arguments["t0"], y0, args).y0
-    with jax.numpy_dtype_promotion("standard"):
-        y0 = jtu.tree_map(
-            lambda y: jnp.asarray(y, jnp.result_type(y, points.dtype)), y0
-        )
-    # Time runs forwards for Diffrax's solvers; the terms know better.
-    direction = jnp.where(points[0] < points[-1], 1, -1)
-    terms = wrap(terms, direction)
-    grid = Grid.from_points(jnp.asarray(points) * direction)
-    recurrence = discretise(solver.solver, terms, grid, y0, args).recurrence
-    guess = None
-    if arguments["solver_state"] is not None:
-        ys = arguments["solver_state"].ys
-        guess = from_solver_state(ys, y0, grid.num_steps)
+    capture = _Capture(_plain(solver.method))
+    captured = _capture(
+        diffeqsolve,
+        arguments
+        | dict(
+            solver=dataclasses.replace(solver, method=capture),
+            event=None,
+            discrete_terminating_event=None,
+            adjoint=None,
+            max_steps="counted",
+            progress_meter=diffrax.NoProgressMeter(),
+        ),
+    )
+    recurrence: Any = captured.recurrence
+    newton, grid = captured.newton, recurrence.grid
+    points = np.concatenate([grid.tprev[:1], grid.tnext])
+    # For Diffrax's solvers time runs forwards.
+    points = points if arguments["t0"] < arguments["t1"] else -points
     plan = solver.method.plan(recurrence, default_platform())
-    newton = _plain(solver.method, guess)
     return Problem(recurrence, newton, plan, points, "time", mesh_stats)
 
 
 def _recurrence(arguments: dict) -> Problem:
-    f, init, xs, length, reverse, guess = (
-        arguments[name] for name in ("f", "init", "xs", "length", "reverse", "guess")
-    )
-    carry, _ = jax.eval_shape(lambda init: lax.scan(f, init, xs, length), init)
-    init = jtu.tree_map(lambda x, s: jnp.asarray(x, s.dtype), init, carry)
-    xs = jtu.tree_map(jnp.asarray, xs)
-    num_steps = jtu.tree_leaves(xs)[0].shape[0] if length is None else int(length)
-    if num_steps == 0 or len(jtu.tree_leaves(init)) == 0:
-        raise ValueError(
-            f"There is nothing to diagnose: {num_steps} steps of a carry of "
-            f"{len(jtu.tree_leaves(init))} arrays."
-        )
-    if guess is None:
-        guess = arguments["method"].guess
-    elif not isinstance(guess, AbstractPredictor):
-        guess = Trajectory(guess)
-    points = np.arange(-1.0, num_steps)
-    if reverse:
-        flip = lambda tree: jtu.tree_map(lambda x: x[::-1], tree)
-        points = num_steps - 1 - points
-        xs, guess = flip(xs), flip(guess) if isinstance(guess, Trajectory) else guess
-    recurrence = make_recurrence(f, init, xs, num_steps)
-    method = arguments["method"]
+    method, xs = arguments["method"], jtu.tree_leaves(arguments["xs"])
+    if arguments["length"] == 0 or (xs and len(xs[0]) == 0):
+        raise ValueError("There is nothing to diagnose: 0 steps.")
+    capture = arguments | dict(method=_Capture(_plain(method)))
+    captured = _capture(solve_recurrence, capture)
+    recurrence = captured.recurrence
+    points = np.arange(-1.0, recurrence.num_steps)
+    if arguments["reverse"]:
+        points = recurrence.num_steps - 1 - points
     plan = method.plan(recurrence, default_platform())
-    return Problem(recurrence, _plain(method, guess), plan, points, "step")
+    return Problem(recurrence, captured.newton, plan, points, "step")
 
 
 def find_problem(solve, args, kwargs) -> Problem:

@@ -173,8 +173,12 @@ class StepMap(AbstractMapRecurrence):
         self.solves_equations = isinstance(innermost(solver), implicit)
 
     @property
+    def grid(self) -> Grid:
+        return self.xs.grid
+
+    @property
     def num_active(self):
-        return self.xs.grid.num_active
+        return self.grid.num_active
 
     @property
     def eps(self):
@@ -239,7 +243,7 @@ class StepMap(AbstractMapRecurrence):
     def padded(self, num_steps):
         padded = super().padded(num_steps)
         count = num_steps - self.num_steps
-        grid, end = self.xs.grid, self.xs.grid.tnext[-1:]
+        grid, end = self.grid, self.grid.tnext[-1:]
         times = jnp.repeat(end, count)
         grid = Grid(
             jnp.concatenate([grid.tprev, times]),
@@ -259,11 +263,11 @@ class StepMap(AbstractMapRecurrence):
         )
 
     def until(self, num_steps):
-        return eqx.tree_at(lambda r: r.xs.grid, self, self.xs.grid.until(num_steps))
+        return eqx.tree_at(lambda r: r.xs.grid, self, self.grid.until(num_steps))
 
     def checked(self) -> "StepMap":
         """The same, where Brownian paths say so if they are asked beyond their end."""
-        increments = jax.vmap(self.draw)(self.xs.grid.filled())
+        increments = jax.vmap(self.draw)(self.grid.filled())
         return eqx.tree_at(lambda r: r.xs.increments, self, increments)
 
     def tracing(self):
@@ -301,10 +305,10 @@ class StepMap(AbstractMapRecurrence):
     def adaptive_trajectory(self, rtol):
         if self.ode is None:
             return None
-        return adaptive_trajectory(self.ode, self.xs.grid, self.y0, rtol, self.is_stiff)
+        return adaptive_trajectory(self.ode, self.grid, self.y0, rtol, self.is_stiff)
 
     def coarse_trajectory(self, every):
-        grid, num_steps = self.xs.grid, self.num_steps
+        grid, num_steps = self.grid, self.num_steps
         coarse_grid = grid.coarsen(every)
         num_coarse = coarse_grid.num_steps
         padding = num_coarse * every - num_steps
