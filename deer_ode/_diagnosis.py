@@ -206,7 +206,17 @@ class Diagnosis:
 
 
 def recommend(found: Diagnosis, findings: Findings) -> str:
-    """One sentence or two: what is in the way, and the way around it."""
+    """What is in the way, and the way around it, in two or three sentences."""
+    recommendation = _recommend(found, findings)
+    if found.plan.path == "sequential":
+        recommendation += (
+            " (The call as it is takes sequential steps on this machine, which need "
+            "not converge.)"
+        )
+    return recommendation
+
+
+def _recommend(found: Diagnosis, findings: Findings) -> str:
     if found.first_nonfinite is not None:
         return (
             f"The answer is not a number from step {found.first_nonfinite} on, "

@@ -16,6 +16,7 @@ import pytest
 import deer_ode
 from deer_ode import (
     DEER,
+    Auto,
     BlockDiagonal,
     Coarse,
     Constant,
@@ -378,6 +379,16 @@ def test_nothing_to_do():
     assert found.predicted_iterations is not None
     assert abs(found.predicted_iterations - found.num_iterations) <= 1
     assert found.recommendation in str(found) and str(found) == repr(found)
+
+
+def test_it_says_that_the_call_is_sequential():
+    logistic = lambda y, rate: (rate * y * (1 - y), None)
+    problem = logistic, jnp.array(0.3), jnp.full(8, 2.0)
+    says = lambda method: (
+        "sequential steps on this machine"
+        in (diagnose(scan, *problem, method=method).recommendation)
+    )
+    assert says(Auto()) and not says(Newton())
 
 
 def test_chaos():
