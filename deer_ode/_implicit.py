@@ -27,7 +27,7 @@ from ._dependence import NO_FORWARD_MODE
 from ._linearisation import AbstractLinearisation
 from ._method import AbstractMethod, TrajectorySolution, sequential_solution
 from ._misc import always, without_gradient
-from ._plan import by_platform, default_platform, tangent_window
+from ._plan import by_platform, tangent_window
 from ._programs import Program, without_checks
 from ._recurrence import AbstractMapRecurrence, AbstractRecurrence
 from ._tangent import tangent_in_windows
@@ -146,7 +146,7 @@ def solve_trajectory(
 
 def is_native(recurrence: AbstractRecurrence, method: AbstractMethod) -> bool:
     """Whether the solution is a loop that JAX differentiates by itself."""
-    is_sequential = method.is_sequential(recurrence, default_platform())
+    is_sequential = method.path(recurrence) == "sequential"
     return recurrence.is_map and is_sequential
 
 

@@ -26,7 +26,6 @@ from ._grid import (
 )
 from ._mesh import as_mesh_refinement, given_times, moved_with
 from ._method import AbstractMethod
-from ._plan import default_platform
 from ._predictor import from_solver_state
 from ._refinement import Refined, Refinement, refine, sequential_mesh
 from ._solver import DEER
@@ -108,7 +107,7 @@ def _on_a_mesh(
         discretised = discretised.with_threshold(mesh.threshold(discretised.y0))
     order = inputs.solver.error_order(inputs.terms)
     recurrence = discretised.recurrence
-    is_sequential = method.is_sequential(recurrence, default_platform())
+    is_sequential = method.path(recurrence) == "sequential"
     # What a root finder leaves counts as error where steps are taken from rest, and no
     # mesh would be fine enough.
     must_be = recurrence.solves_equations or inputs.is_endless
