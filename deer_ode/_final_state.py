@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import diffrax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -13,7 +14,8 @@ from ._discretisation import tracing_steps
 from ._foreign import LoopState, advance, linear_rescale, nextafter
 from ._grid import LoopInputs
 from ._mesh import as_mesh_refinement
-from ._misc import count_true
+from ._misc import count_true, select
+from ._refinement import Refined
 from ._saving import SolvedGrid, save, set_where
 from ._solver import DEERState
 from ._solving import Outcome, Solved
@@ -29,12 +31,9 @@ def final_state(
         inputs.stepsize_controller, state.controller_state, num_made
     )
     num_rejected = 0
-    refined = solved.refined
-    if refined is not None and refined.solution is None:
-        controller_state = refined.controller_state
-        # After an event it is not known which attempts were before it.
-        if solved.events is None:
-            num_rejected = refined.num_guess_steps - num_made
+    if solved.refined is not None and solved.refined.sequential is not None:
+        controller_state, num_tried = _after_steps(state, solved.refined, outcome)
+        num_rejected = num_tried - num_made
     return LoopState(
         y=_at_last(outcome.num_steps, grid.ys, state.y),
         tprev=tprev,
@@ -53,6 +52,18 @@ def final_state(
         **_dense_fields(inputs, state, solved, grid),
         **_event_fields(state, solved, outcome),
     )
+
+
+def _after_steps(state: LoopState, refined: Refined, outcome: Outcome):
+    """The controller's state in the end, and how many steps it had tried."""
+    sequential = refined.sequential
+    assert sequential is not None
+    end = sequential.controller_state, refined.num_guess_steps
+    if sequential.after is None:
+        return end
+    before = state.controller_state, jnp.zeros_like(refined.num_guess_steps)
+    at_event = _at_last(outcome.num_steps, sequential.after, before)
+    return select(outcome.result == diffrax.RESULTS.event_occurred, at_event, end)
 
 
 def _is_jump(inputs: LoopInputs, t) -> Bool[Array, ""]:

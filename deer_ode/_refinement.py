@@ -16,7 +16,7 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._custom_types import Mask, Trajectory
 from ._discretisation import (
@@ -80,6 +80,19 @@ def _scaled_to(parts: Float[Array, " steps"], capacity: int) -> Array:
     return parts * jnp.minimum(1, capacity / jnp.maximum(jnp.sum(parts), 1))
 
 
+class Sequential(NamedTuple):
+    """Where sequential steps led, one by one and in the end."""
+
+    states: PyTree[Array]
+    """After each step, as the user has them."""
+    after: tuple[PyTree[Array], Int[Array, " steps"]] | None
+    """The controller's state after each step, and how many had been tried; `None` where
+    no event can end the solve there.
+    """
+    controller_state: PyTree[Array]
+    """After the last step."""
+
+
 class Refined(NamedTuple):
     """A mesh that meets the tolerance."""
 
@@ -93,10 +106,8 @@ class Refined(NamedTuple):
     """Of the mesh that was wanted last: more than there is room for is cut off."""
     num_guess_steps: Int[Array, ""]
     """Sequential steps that were tried."""
-    states: Any = None
-    """After each of sequential steps, as the user has them."""
-    controller_state: Any = None
-    """Of sequential steps, after the last of them."""
+    sequential: "Sequential | None" = None
+    """Of sequential steps."""
 
 
 class _Progress(NamedTuple):
@@ -335,10 +346,15 @@ def sequential_mesh(
     controller. Events are not looked at.
     """
 
+    def to_store(after, info):
+        ends_before = inputs.event is not None
+        how = (after.controller_state, after.num_attempts) if ends_before else None
+        return after.y, how
+
     def run(terms, args, controller, order, state, t1):
         steps = AdaptiveSteps(
             *(inputs.solver.solver, terms, args, controller, order, t1, max_steps),
-            to_store=lambda y1, info: y1,
+            to_store=to_store,
         )
         start = jnp.asarray(state.tprev), jnp.asarray(state.tnext)
         end = steps.run(state.y, state.controller_state, *start)
@@ -352,8 +368,9 @@ def sequential_mesh(
         hold = lambda x: jnp.where(steps < num_steps, x, end.tprev)
         tnext = jnp.where(steps == num_steps, end.tnext, hold(end.ends))
         last = jnp.minimum(steps, jnp.maximum(num_steps - 1, 0))
+        states, after = end.stored
         states = jtu.tree_map(
-            lambda x, y0: jnp.where(num_steps > 0, x[last], y0), end.stored, state.y
+            lambda x, y0: jnp.where(num_steps > 0, x[last], y0), states, state.y
         )
         return Refined(
             grid=Grid(hold(end.starts), tnext, steps < num_active),
@@ -362,8 +379,7 @@ def sequential_mesh(
             num_meshes=jnp.asarray(1, jnp.int32),
             num_mesh_steps=jnp.where(is_end | gave_up, num_steps, 4 * max_steps),
             num_guess_steps=end.num_attempts,
-            states=states,
-            controller_state=end.controller_state,
+            sequential=Sequential(states, after, end.controller_state),
         )
 
     traced = (

@@ -46,7 +46,7 @@ class Solved(NamedTuple):
             return None
         failed = self.steps.result != diffrax.RESULTS.successful
         failed = failed & self.discretised.grid.active
-        if self.refined is None or self.refined.solution is not None:
+        if self.refined is None or self.refined.sequential is None:
             return failed
         # Sequential steps succeeded when their lengths were chosen. When they are
         # recomputed, a root finder may miss its tolerance by rounding.
@@ -111,9 +111,9 @@ def _found_before(
     """What the search for steps solved already."""
     if refined is None or refined.solution is not None:
         return None if refined is None else refined.solution
-    if not is_native(discretised.recurrence, method):
+    if refined.sequential is None or not is_native(discretised.recurrence, method):
         return None
-    ys = discretised.recurrence.flatten(refined.states)
+    ys = discretised.recurrence.flatten(refined.sequential.states)
     return sequential_solution(ys, only_finite=not method.fallback)
 
 

@@ -584,6 +584,24 @@ def test_a_solve_that_goes_on():
     assert counts == of_stock
 
 
+def test_a_solve_that_an_event_ended_can_go_on():
+    """The state of the controller is that of the event, which more steps follow."""
+    term = diffrax.ODETerm(lambda t, y, args: y**2)
+    run = lambda solve, solver: solve(
+        *(term, solver, 0.0, 2.0, 0.05, jnp.array(1.1)),
+        stepsize_controller=diffrax.PIDController(1e-5, 1e-7, pcoeff=0.3, icoeff=0.4),
+        saveat=diffrax.SaveAt(t1=True, controller_state=True),
+        event=diffrax.Event(lambda t, y, args, **kwargs: y > 10.0),
+    )
+    expected = run(diffrax.diffeqsolve, diffrax.Tsit5())
+    found = run(diffeqsolve, DEER(diffrax.Tsit5()))
+    assert int(expected.stats["num_rejected_steps"]) > 0
+    for name in ("num_steps", "num_accepted_steps", "num_rejected_steps"):
+        assert int(found.stats[name]) == int(expected.stats[name]), name
+    for a, b in zip(found.controller_state, expected.controller_state, strict=True):
+        assert_close(a, b, 1e-6)
+
+
 def test_noise_with_sequential_steps():
     """Where steps are sequential, any controller may choose them."""
     path = diffrax.VirtualBrownianTree(0.0, 1.0, 1e-4, (2,), jr.key(0))

@@ -89,7 +89,7 @@ class Stepping(NamedTuple):
     ends: Float[Array, " attempts"]
     """Of the accepted steps; then infinity."""
     stored: PyTree[Array]
-    """The state after each, or what its interpolation needs."""
+    """Of each, what is to be kept."""
 
 
 class AdaptiveSolution(eqx.Module):
@@ -183,7 +183,7 @@ def solve_adaptively(
     )
     steps = AdaptiveSteps(
         *(solver, term, None, controller, order, t1, most),
-        to_store=lambda y1, info: info,
+        to_store=lambda after, info: info,
     )
     end = steps.run(y0, controller_state, t0, tnext)
     return AdaptiveSolution(
@@ -213,8 +213,10 @@ class AdaptiveSteps(eqx.Module):
     order: Any
     t1: Float[Array, ""]
     most: int = eqx.field(static=True)
-    to_store: Callable[[Y, Any], PyTree[Array]] = eqx.field(static=True)
-    """Of the state after a step, and of what its interpolation needs."""
+    to_store: Callable[[Stepping, Any], PyTree[Array]] = eqx.field(static=True)
+    """`(after, info)`: what is kept of where an accepted step leads, and of what its
+    interpolation needs.
+    """
 
     def run(self, y0: Y, controller_state: Any, t0, tnext) -> Stepping:
         """From `t0`, first to `tnext`."""
@@ -232,7 +234,9 @@ class AdaptiveSteps(eqx.Module):
             ends=nowhere,
             stored=None,
         )
-        one = jax.eval_shape(lambda now: self._attempt(now)[-1], begin)
+        one = jax.eval_shape(
+            lambda now: self.to_store(now, self._attempt(now)[-1]), begin
+        )
         stored = jtu.tree_map(lambda x: jnp.zeros((self.most, *x.shape), x.dtype), one)
         return lax.while_loop(
             lambda now: unvmap_any(self._is_running(now)),
@@ -263,11 +267,11 @@ class AdaptiveSteps(eqx.Module):
         fine = is_finite & (result == diffrax.RESULTS.successful)
         y1 = select(fine, y1, now.y)
         error = jtu.tree_map(lambda e: jnp.where(fine, e, jnp.inf), error)
-        return fine, y1, error, self.to_store(y1, info)
+        return fine, y1, error, info
 
     def _step(self, t0, now: Stepping) -> Stepping:
         t1, floor = self.t1, self._floor(t0)
-        fine, y1, error, one = self._attempt(now)
+        fine, y1, error, info = self._attempt(now)
         keep, tprev, tnext, _, controller_state, result = (
             self.controller.adapt_step_size(
                 *(now.tprev, now.tnext, now.y, y1, self.args, error, self.order),
@@ -294,7 +298,7 @@ class AdaptiveSteps(eqx.Module):
         # Beyond the end nothing is stored.
         index = jnp.where(keep, now.num_accepted, self.most)
         store = lambda all, one: all.at[index].set(one, mode="drop")
-        return Stepping(
+        after = Stepping(
             num_attempts=now.num_attempts + jnp.where(goes_on, 1, 0),
             num_accepted=now.num_accepted + jnp.where(keep, 1, 0),
             tprev=jnp.where(goes_on, tprev, now.tprev),
@@ -304,5 +308,7 @@ class AdaptiveSteps(eqx.Module):
             is_too_short=now.is_too_short | (goes_on & is_stuck),
             starts=store(now.starts, now.tprev),
             ends=store(now.ends, jnp.where(now.tnext > floor, t1, now.tnext)),
-            stored=jtu.tree_map(store, now.stored, one),
+            stored=None,
         )
+        stored = jtu.tree_map(store, now.stored, self.to_store(after, info))
+        return after._replace(stored=stored)
