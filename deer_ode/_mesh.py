@@ -195,16 +195,6 @@ def as_mesh_refinement(
     return MeshRefinement(**_shared(controller))
 
 
-def given_times(mesh: MeshRefinement | None, t0, t1) -> Float[Array, " given"]:
-    """The times that the user gave, as far as the controller is known: the ends of the
-    interval, and where a step has to end.
-    """
-    t1 = jnp.asarray(t1)
-    ends = jnp.stack([jnp.asarray(t0, t1.dtype), t1])
-    within = ends[:0] if mesh is None else mesh.given(t1.dtype)
-    return jnp.sort(jnp.concatenate([ends, within]))
-
-
 def _interval(ends: Float[Array, " ends"], x: Float[Array, " x"]) -> Int[Array, " x"]:
     """Between which two of a few `ends`, which ascend, each `x` is.
 
@@ -216,11 +206,16 @@ def _interval(ends: Float[Array, " ends"], x: Float[Array, " x"]) -> Int[Array, 
 
 
 def moved_with(
-    given: Float[Array, " given"], times: Float[Array, " times"]
+    mesh: MeshRefinement | None, t0, t1, times: Float[Array, " times"]
 ) -> Float[Array, " times"]:
-    """`times`, with derivatives: each stays where it is, relative to the given ones
-    (ascending) before and after it.
+    """`times`, with derivatives: those at an end of the interval move with it, as in
+    Diffrax. The others stay where they are, relative to the times (as far as the
+    controller is known) at which a step has to end before and after them.
     """
+    ends = [jnp.asarray(t, times.dtype) for t in (t0, t1)]
+    given = lax.stop_gradient(jnp.stack(ends))
+    if mesh is not None:
+        given = jnp.sort(jnp.concatenate([given, mesh.given(times.dtype)]))
     known = lax.stop_gradient(given)
     change = jnp.where(jnp.isfinite(known), given - known, 0)
     before = _interval(known, times)
@@ -228,7 +223,10 @@ def moved_with(
     length = known[after] - known[before]
     share = (times - known[before]) / jnp.where(length > 0, length, 1)
     share = jnp.clip(share, 0, 1)
-    return times + (1 - share) * change[before] + share * change[after]
+    moved = times + (1 - share) * change[before] + share * change[after]
+    for end in ends:
+        moved = jnp.where(times == end, end, moved)
+    return moved
 
 
 class Mesh(NamedTuple):

@@ -24,7 +24,7 @@ from ._grid import (
     placeholder_grid,
     refuse,
 )
-from ._mesh import as_mesh_refinement, given_times, moved_with
+from ._mesh import as_mesh_refinement, moved_with
 from ._method import AbstractMethod
 from ._predictor import from_solver_state
 from ._refinement import Refined, Refinement, refine, sequential_mesh
@@ -117,10 +117,10 @@ def _on_a_mesh(
         refined = _refined(inputs, state, discretised, method, order)
     # The mesh has no derivatives, but the times that it was made for may.
     grid = refined.grid
-    given = given_times(mesh, state.tprev, inputs.t1)
+    moved = lambda times: moved_with(mesh, state.tprev, inputs.t1, times)
     grid = Grid(
-        moved_with(given, grid.tprev),
-        moved_with(given, grid.tnext),
+        moved(grid.tprev),
+        moved(grid.tnext),
         grid.active,
         has_jumps=mesh is None or mesh.jump_ts is not None,
     )

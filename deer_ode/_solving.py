@@ -111,9 +111,12 @@ def _found_before(
     """What the search for steps solved already."""
     if refined is None or refined.solution is not None:
         return None if refined is None else refined.solution
-    if refined.sequential is None or not is_native(discretised.recurrence, method):
+    recurrence = discretised.recurrence
+    if refined.sequential is None or not is_native(recurrence, method):
         return None
-    ys = discretised.recurrence.flatten(refined.sequential.states)
+    if recurrence.y0.size == 0:
+        return None
+    ys = recurrence.flatten(refined.sequential.states)
     return sequential_solution(ys, only_finite=not method.fallback)
 
 

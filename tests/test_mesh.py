@@ -809,6 +809,31 @@ def test_derivatives_in_the_time_of_a_jump(method, name):
     assert abs(slope + np.exp(-0.5)) < 1e-7
 
 
+def test_only_the_end_moves_with_the_end():
+    """Other steps stay where they are, as in Diffrax; nor is there a state to move."""
+    term = diffrax.ODETerm(lambda t, y, args: -y)
+    event = diffrax.Event(lambda t, y, args, **kwargs: y < 1.0)
+
+    def found(t1, event):
+        sol = diffeqsolve(
+            *(term, DEER(), 0.0, t1, None, jnp.array(1.5)),
+            stepsize_controller=PID,
+            saveat=diffrax.SaveAt(steps=True),
+            event=event,
+            max_steps=32,
+        )
+        return sol.ts, sol.ys
+
+    slopes = jax.jacfwd(lambda t1: found(t1, event))(2.0)
+    assert not any(np.any(np.asarray(s) != 0) for s in slopes)
+    ts, ys = jax.jacfwd(lambda t1: found(t1, None))(2.0)
+    assert np.count_nonzero(ts) == 1 and float(jnp.sum(ts)) == 1
+    assert np.count_nonzero(ys) == 1
+    assert_close(jnp.sum(ys), -1.5 * np.exp(-2.0), 1e-4)
+    sol = diffeqsolve(term, DEER(), 0.0, 1.0, 0.1, {}, stepsize_controller=PID)
+    assert sol.ys == {}
+
+
 def test_the_error_estimate_of_radau():
     """The weights of RADAU5 (Hairer, Wanner 1996, equation 8.19), and the order."""
     gamma, weights = radau_nodes(3).error
